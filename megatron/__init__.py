@@ -1,0 +1,1 @@
+"""3D-parallel training and finetuning of language models."""

@@ -1,0 +1,161 @@
+"""The process group and the named axes of this rank. The only place that starts a process group or a DeviceMesh."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from megatron.core.layout import Coordinate, ParallelLayout
+from megatron.errors import ConfigError
+
+DEFAULT_TIMEOUT = timedelta(minutes=10)
+
+
+@dataclass(frozen=True)
+class LaunchEnvironment:
+    """What torchrun says of this process; one process on its own when it was not started by torchrun."""
+
+    rank: int = 0
+    world_size: int = 1
+    local_rank: int = 0
+    local_world_size: int = 1
+
+    @property
+    def is_launched(self) -> bool:
+        return "RANK" in os.environ
+
+
+def launch_environment() -> LaunchEnvironment:
+    """Reads RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE; starts nothing."""
+    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    return LaunchEnvironment(
+        rank=rank,
+        world_size=world_size,
+        local_rank=int(os.environ.get("LOCAL_RANK", rank)),
+        local_world_size=int(os.environ.get("LOCAL_WORLD_SIZE", world_size)),
+    )
+
+
+@dataclass(frozen=True)
+class Axis:
+    """One named axis as this rank sees it. With size 1 there is no group and every collective is the identity.
+
+    `global_ranks[i]` is the global rank of the i-th member; `rank` is this process's place among them.
+    """
+
+    name: str
+    size: int = 1
+    rank: int = 0
+    group: dist.ProcessGroup | None = None
+    global_ranks: tuple[int, ...] = (0,)
+
+    @property
+    def is_first(self) -> bool:
+        return self.rank == 0
+
+    @property
+    def is_last(self) -> bool:
+        return self.rank == self.size - 1
+
+
+@dataclass(frozen=True)
+class Topology:
+    """The layout and this rank's axes in it.
+
+    `embedding` joins the first and the last pipeline rank, which share tied embeddings (size 1 on the
+    ranks between). `data_mesh` is the one-dimensional mesh of the data axis that FSDP shards over.
+    """
+
+    layout: ParallelLayout
+    pp: Axis
+    dp: Axis
+    tp: Axis
+    embedding: Axis
+    world: Axis
+    device: torch.device
+    data_mesh: DeviceMesh | None = None
+
+    @classmethod
+    def serial(cls, device: torch.device | str = "cpu") -> Topology:
+        """One process without a process group."""
+        return cls(
+            ParallelLayout(),
+            *(Axis(name) for name in ("pp", "dp", "tp", "embedding", "world")),
+            device=torch.device(device),
+        )
+
+    @classmethod
+    def create(
+        cls, layout: ParallelLayout, device: torch.device | str = "cpu", *, timeout: timedelta = DEFAULT_TIMEOUT
+    ) -> Topology:
+        """Starts the process group (or takes the one that runs) and makes one mesh with the axes pp, dp, tp.
+
+        `device` "cuda" takes this process's own GPU. A single process gets a group of its own, so that
+        the data-parallel engine works the same way in one process as in many.
+        """
+        device = _start(torch.device(device), timeout)
+        world_size, rank = dist.get_world_size(), dist.get_rank()
+        if layout.world_size != world_size:
+            raise ConfigError(f"{layout} needs {layout.world_size} processes, but {world_size} were started.")
+        mesh = init_device_mesh(device.type, (layout.pp, layout.dp, layout.tp), mesh_dim_names=("pp", "dp", "tp"))
+        here = layout.coordinate(rank)
+        return cls(
+            layout,
+            pp=_axis(layout, here, "pp", mesh.get_group("pp")),
+            dp=_axis(layout, here, "dp", mesh.get_group("dp")),
+            tp=_axis(layout, here, "tp", mesh.get_group("tp")),
+            embedding=_embedding_axis(layout, here, timeout),
+            world=Axis(
+                "world", world_size, rank, dist.group.WORLD if world_size > 1 else None, tuple(range(world_size))
+            ),
+            device=device,
+            data_mesh=mesh["dp"],
+        )
+
+    def close(self) -> None:
+        """Waits for all ranks and ends the process group. Without the wait gloo can abort a peer that is still busy."""
+        if dist.is_initialized():
+            dist.barrier()
+            dist.destroy_process_group()
+
+
+def _start(device: torch.device, timeout: timedelta) -> torch.device:
+    """Binds this process to its device and makes sure that a default process group runs."""
+    environment = launch_environment()
+    if device.type == "cuda":
+        device = torch.device("cuda", environment.local_rank)
+        torch.cuda.set_device(device)
+    if not dist.is_initialized():
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        if environment.is_launched:
+            dist.init_process_group(backend, timeout=timeout)
+        else:
+            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+    return device
+
+
+def _axis(layout: ParallelLayout, here: Coordinate, name: str, group: dist.ProcessGroup) -> Axis:
+    size = getattr(layout, name)
+    members = tuple(
+        layout.rank(Coordinate(**{"pp": here.pp, "dp": here.dp, "tp": here.tp, name: i})) for i in range(size)
+    )
+    return Axis(name, size, getattr(here, name), group if size > 1 else None, members)
+
+
+def _embedding_axis(layout: ParallelLayout, here: Coordinate, timeout: timedelta) -> Axis:
+    """First and last pipeline rank of every (dp, tp) column; every process must take part in making every group."""
+    mine = Axis("embedding", global_ranks=(layout.rank(here),))
+    if layout.pp == 1:
+        return mine
+    for dp in range(layout.dp):
+        for tp in range(layout.tp):
+            ends = tuple(layout.rank(Coordinate(pp=pp, dp=dp, tp=tp)) for pp in (0, layout.pp - 1))
+            group = dist.new_group(list(ends), timeout=timeout)
+            if layout.rank(here) in ends:
+                mine = Axis("embedding", 2, ends.index(layout.rank(here)), group, ends)
+    return mine

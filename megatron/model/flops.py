@@ -1,0 +1,35 @@
+"""Floating-point operations of the model, counted as the literature does for MFU: no recomputation."""
+
+from __future__ import annotations
+
+from megatron.model.config import ModelConfig
+
+
+def num_parameters(config: ModelConfig) -> int:
+    """Number of parameters, without vocabulary padding."""
+    h, d, f = config.hidden_size, config.kv_channels, config.ffn_hidden_size
+    n, k = config.num_attention_heads, config.num_attention_heads_kv
+    norm = h if config.use_rms_norm else 2 * h
+    gates = 2 if config.glu_activation else 1
+    layer = _matmul_parameters_of_layer(config) + 2 * norm
+    layer += ((n + 2 * k) * d if config.qkv_bias else 0) + (h if config.attention_output_bias else 0)
+    layer += gates * f + h if config.mlp_bias else 0
+    positions = config.max_position_embeddings * h if config.position_embedding_type == "absolute" else 0
+    vocabulary = config.vocab_size * h * (1 if config.tie_embed_logits else 2)
+    return config.num_layers * layer + norm + positions + vocabulary
+
+
+def flops_per_token(config: ModelConfig, seq_length: int) -> float:
+    """Forward and backward operations per token, causal attention counted at half (Chowdhery et al. 2022, appendix B).
+
+    6 per matmul parameter, and per layer 6 * s * n * d for the two attention products.
+    """
+    matmul = config.num_layers * _matmul_parameters_of_layer(config) + config.vocab_size * config.hidden_size
+    attention = config.num_layers * seq_length * config.num_attention_heads * config.kv_channels
+    return 6.0 * (matmul + attention)
+
+
+def _matmul_parameters_of_layer(config: ModelConfig) -> int:
+    h, d, f = config.hidden_size, config.kv_channels, config.ffn_hidden_size
+    attention = h * d * (2 * config.num_attention_heads + 2 * config.num_attention_heads_kv)
+    return attention + h * f * (3 if config.glu_activation else 2)

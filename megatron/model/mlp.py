@@ -1,0 +1,46 @@
+"""The feed-forward block, gated (Shazeer 2020, arXiv 2002.05202) or plain, cut over the tensor axis by features."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import MappingProxyType
+from typing import Final
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from megatron.core.sharding import Block
+from megatron.core.tensor_parallel.linear import ColumnParallelLinear, RowParallelLinear
+from megatron.core.topology import Axis
+from megatron.model.config import ModelConfig
+
+GATES: Final = MappingProxyType({"swiglu": F.silu, "geglu": F.gelu, "reglu": F.relu, "liglu": lambda x: x})
+
+
+class MLP(nn.Module):
+    """down(act(gate x) * up x), or down(gelu(up x)) without a gate: [s, b, h] -> [s, b, h] (s/tp with SP)."""
+
+    def __init__(self, config: ModelConfig, layer: int, *, axis: Axis, sequence_parallel: bool):
+        super().__init__()
+        name, h, f = f"layers.{layer}.mlp", config.hidden_size, config.ffn_hidden_size
+        self.gate: Callable[[Tensor], Tensor] | None = GATES[config.glu_activation] if config.glu_activation else None
+        parts = ("gate", "up") if self.gate else ("up",)
+        self.up = ColumnParallelLinear(
+            tuple(Block(f"{name}.{part}.weight", (f, h), units=f) for part in parts),
+            axis=axis,
+            bias=config.mlp_bias,
+            sequence_parallel=sequence_parallel,
+        )
+        self.down = RowParallelLinear(
+            Block(f"{name}.down.weight", (h, f), units=f),
+            axis=axis,
+            bias=config.mlp_bias,
+            sequence_parallel=sequence_parallel,
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.up(x)
+        if self.gate is None:
+            return self.down(F.gelu(y))
+        gate, up = y.chunk(2, dim=-1)
+        return self.down(self.gate(gate) * up)

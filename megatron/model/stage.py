@@ -1,0 +1,166 @@
+"""The part of the model that one pipeline stage holds: some layers, and the embedding or the head at the ends.
+
+Legend: s sequence, b micro-batch, h hidden, v padded vocabulary, tp tensor ranks.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from megatron.core.collectives import split
+from megatron.core.random import DropoutStreams
+from megatron.core.recompute import RecomputePolicy
+from megatron.core.sharding import Block, ShardSpec
+from megatron.core.tensor_parallel.embedding import VocabParallelEmbedding
+from megatron.core.tensor_parallel.linear import ColumnParallelLinear
+from megatron.core.tensor_parallel.parameters import ShardedModule
+from megatron.core.topology import Axis
+from megatron.model.attention import AttentionKernel, sdpa_attention
+from megatron.model.block import TransformerLayer, make_norm
+from megatron.model.config import ModelConfig
+from megatron.model.rope import RotaryEmbedding
+
+EMBEDDING_LAYER = -1  # stands for the embedding where a dropout stream asks for a layer
+
+
+@dataclass(frozen=True)
+class StageOptions:
+    """How a stage computes, as far as it does not change what it computes.
+
+    `padded_vocab_size` is the number of vocabulary rows stored over all tensor ranks.
+    """
+
+    padded_vocab_size: int
+    sequence_parallel: bool = False
+    recompute: RecomputePolicy = field(default_factory=RecomputePolicy)
+    kernel: AttentionKernel = sdpa_attention
+
+
+class Stage(nn.Module):
+    """The first stage takes tokens [b, s], the others hidden states; the last returns logits, the others hidden states.
+
+    Hidden states between stages are [s, b, h] ([s/tp, b, h] with sequence parallelism), logits
+    [s, b, v/tp]. A stage may be first and last. Tied embeddings on two stages are two copies of one
+    logical tensor, of which the first stage is the owner.
+    """
+
+    def __init__(
+        self, config: ModelConfig, layers: range, *, is_first: bool, is_last: bool, axis: Axis, options: StageOptions
+    ):
+        super().__init__()
+        self.config, self.is_first, self.is_last = config, is_first, is_last
+        self.recompute = options.recompute
+        # On one tensor rank the sequence is whole, and sequence parallelism the identity.
+        sequence_parallel = options.sequence_parallel and axis.size > 1
+        self.embedding = Embedding(config, axis, sequence_parallel, options.padded_vocab_size) if is_first else None
+        self.layers = nn.ModuleList(
+            TransformerLayer(
+                config,
+                layer,
+                axis=axis,
+                sequence_parallel=sequence_parallel,
+                kernel=options.kernel,
+                checkpoint_core=options.recompute.attention_core,
+            )
+            for layer in layers
+        )
+        self.head = (
+            Head(config, axis, sequence_parallel, options.padded_vocab_size, self.embedding) if is_last else None
+        )
+        is_rotary = config.position_embedding_type == "rotary"
+        self.rope = RotaryEmbedding(config.kv_channels, config.rope_theta, config.rope_scaling) if is_rotary else None
+
+    def forward(
+        self,
+        x: Tensor,
+        seq_length: int,
+        position_ids: Tensor | None = None,
+        streams: DropoutStreams | None = None,
+    ) -> Tensor:
+        """`seq_length` is s, also where x holds a part of it. No `streams`: no dropout."""
+        if self.embedding is not None:
+            x = self.embedding(x, position_ids, streams)
+        rotary = None if self.rope is None else self.rope.table(seq_length, position_ids, x)
+        for group, call in self.recompute.groups(len(self.layers)):
+            x = call(self._run_layers, group, x, rotary, streams)
+        return x if self.head is None else self.head(x)
+
+    def _run_layers(self, group: range, x: Tensor, rotary: Tensor | None, streams: DropoutStreams | None) -> Tensor:
+        for i in group:
+            x = self.layers[i](x, rotary, streams)
+        return x
+
+
+class Embedding(nn.Module):
+    """tokens: [b, s] -> [s, b, h] (s/tp with sequence parallelism), with absolute positions and dropout."""
+
+    def __init__(self, config: ModelConfig, axis: Axis, sequence_parallel: bool, padded_vocab_size: int):
+        super().__init__()
+        self.dropout, self.axis, self.sequence_parallel = config.hidden_dropout, axis, sequence_parallel
+        self.word = VocabParallelEmbedding(
+            _vocabulary_block("embedding.word.weight", config, padded_vocab_size),
+            axis=axis,
+            sequence_parallel=sequence_parallel,
+        )
+        is_absolute = config.position_embedding_type == "absolute"
+        self.position = PositionEmbedding(config, sequence_parallel) if is_absolute else None
+
+    def forward(self, tokens: Tensor, position_ids: Tensor | None, streams: DropoutStreams | None) -> Tensor:
+        x = self.word(tokens)
+        if self.position is not None:
+            positions = self.position(tokens.shape[1], position_ids)
+            x = x + (split(positions, self.axis) if self.sequence_parallel else positions)
+        if streams is None:
+            return x
+        shard = self.axis.rank if self.sequence_parallel else 0
+        return streams.dropout(x, self.dropout, layer=EMBEDDING_LAYER, site="embedding", shard=shard)
+
+
+class PositionEmbedding(ShardedModule):
+    """Learned absolute positions, held by every tensor rank: -> [s, b or 1, h]."""
+
+    def __init__(self, config: ModelConfig, sequence_parallel: bool):
+        super().__init__()
+        block = Block("embedding.position.weight", (config.max_position_embeddings, config.hidden_size))
+        gradient = "partial" if sequence_parallel else "complete"
+        self.declare("weight", ShardSpec((block,), gradient=gradient), tp_size=1)
+
+    def forward(self, seq_length: int, position_ids: Tensor | None) -> Tensor:
+        if position_ids is None:
+            return self.weight[:seq_length].unsqueeze(1)
+        return F.embedding(position_ids.t(), self.weight)
+
+
+class Head(nn.Module):
+    """Hidden states -> logits [s, b, v/tp]. Tied, it uses the embedding's parameter, or its copy on another stage."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        axis: Axis,
+        sequence_parallel: bool,
+        padded_vocab_size: int,
+        embedding: Embedding | None,
+    ):
+        super().__init__()
+        self.norm = make_norm(config, "final_norm", sequence_parallel)
+        name = "embedding.word.weight" if config.tie_embed_logits else "head.weight"
+        self.projection = ColumnParallelLinear(
+            (_vocabulary_block(name, config, padded_vocab_size),), axis=axis, sequence_parallel=sequence_parallel
+        )
+        if config.tie_embed_logits and embedding is not None:
+            self.projection.weight = embedding.word.weight
+        elif config.tie_embed_logits:
+            spec = self.projection.specs["weight"]
+            self.projection.specs["weight"] = ShardSpec(spec.blocks, spec.dim, is_owner=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.projection(self.norm(x))
+
+
+def _vocabulary_block(name: str, config: ModelConfig, padded_vocab_size: int) -> Block:
+    shape = (config.vocab_size, config.hidden_size)
+    return Block(name, shape, units=config.vocab_size, padded_units=padded_vocab_size)
