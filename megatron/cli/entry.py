@@ -1,0 +1,54 @@
+"""How a command starts and ends: one line for an error of the user's, a traceback for one of ours."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+from megatron.errors import MegatronError
+
+if TYPE_CHECKING:
+    from megatron.core.topology import LaunchEnvironment
+
+# A launcher ends all processes of a host as soon as one of them fails, and local rank 0, which prints the
+# message, may be the last to finish its imports. The others therefore leave this much later.
+LOCAL_RANK_0_GRACE_S = 10.0
+
+
+def run_main(main: Callable[[list[str]], None], argv: Sequence[str] | None = None) -> None:
+    """Runs `main` with the arguments (default: the command line's), and leaves with status 2 on a MegatronError.
+
+    An error that all ranks share is printed once per host, by local rank 0; one that only this rank can see
+    is printed by it, with its number. Any other exception is a bug and keeps its traceback.
+    """
+    try:
+        main(list(sys.argv[1:] if argv is None else argv))
+    except MegatronError as error:
+        _report(error)
+        sys.exit(error.EXIT_STATUS)
+
+
+def warn(message: str) -> None:
+    """Prints a warning once per host, before logging is set up."""
+    if _launch_environment().local_rank == 0:
+        print(f"warning: {message}", file=sys.stderr, flush=True)
+
+
+def _report(error: MegatronError) -> None:
+    launch = _launch_environment()
+    line = f"{type(error).__name__}: {error}"
+    if error.this_rank_only:
+        print(f"[rank {launch.rank}] {line}", file=sys.stderr, flush=True)
+    elif launch.local_rank == 0:
+        print(line, file=sys.stderr, flush=True)
+    else:
+        time.sleep(LOCAL_RANK_0_GRACE_S)
+
+
+def _launch_environment() -> LaunchEnvironment:
+    # Imported late: it brings torch, which --help and a tool's usage error need not wait for.
+    from megatron.core.topology import launch_environment
+
+    return launch_environment()

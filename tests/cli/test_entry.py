@@ -1,0 +1,73 @@
+"""How a command ends: its exit status, and who prints what."""
+
+import pytest
+
+from megatron.cli import entry, run_main, warn
+from megatron.errors import CheckpointError, ConfigError
+
+
+@pytest.fixture
+def on_rank(monkeypatch):
+    """Pretends to be one rank of a launch on hosts of four; records the pauses instead of making them."""
+    pauses: list[float] = []
+
+    def become(rank: int) -> list[float]:
+        for name, value in {"RANK": rank, "WORLD_SIZE": 8, "LOCAL_RANK": rank % 4, "LOCAL_WORLD_SIZE": 4}.items():
+            monkeypatch.setenv(name, str(value))
+        monkeypatch.setattr(entry.time, "sleep", pauses.append)
+        return pauses
+
+    return become
+
+
+def fails_with(error):
+    def main(argv):
+        raise error
+
+    return main
+
+
+def test_main_gets_the_arguments_and_ends_normally():
+    seen = []
+    run_main(seen.extend, ["--lr", "1"])
+    assert seen == ["--lr", "1"]
+
+
+@pytest.mark.parametrize("rank", [0, 4])
+def test_local_rank_0_prints_a_shared_error_once_and_leaves_with_status_2(rank, on_rank, capsys):
+    on_rank(rank)
+    with pytest.raises(SystemExit) as caught:
+        run_main(fails_with(ConfigError("--lr -1 is negative; use 0 or more.")), [])
+    assert caught.value.code == 2
+    assert capsys.readouterr().err == "ConfigError: --lr -1 is negative; use 0 or more.\n"
+
+
+def test_the_other_ranks_are_silent_and_leave_later_so_that_the_launcher_does_not_end_rank_0_first(on_rank, capsys):
+    pauses = on_rank(3)
+    with pytest.raises(SystemExit) as caught:
+        run_main(fails_with(ConfigError("x")), [])
+    assert caught.value.code == 2
+    assert capsys.readouterr().err == ""
+    assert pauses == [entry.LOCAL_RANK_0_GRACE_S]
+
+
+def test_an_error_of_one_rank_is_printed_by_it_at_once_with_its_number(on_rank, capsys):
+    pauses = on_rank(5)
+    with pytest.raises(SystemExit) as caught:
+        run_main(fails_with(CheckpointError("shard damaged.", this_rank_only=True)), [])
+    assert caught.value.code == 2
+    assert capsys.readouterr().err == "[rank 5] CheckpointError: shard damaged.\n"
+    assert pauses == []
+
+
+def test_a_bug_keeps_its_traceback():
+    with pytest.raises(ZeroDivisionError):
+        run_main(lambda argv: 1 / 0, [])
+
+
+def test_a_warning_is_printed_once_per_host(on_rank, capsys):
+    on_rank(4)
+    warn("careful")
+    on_rank(5)
+    warn("careful")
+    assert capsys.readouterr().err == "warning: careful\n"
