@@ -3,6 +3,19 @@
 from pybind11.setup_helpers import Pybind11Extension, build_ext
 from setuptools import setup
 
+
+class BuildBesideSource(build_ext):
+    """Leaves the extension in the source tree too, whichever way the project is installed.
+
+    Scripts at the top of the repository import megatron from the repository, not from where it was installed.
+    """
+
+    def run(self) -> None:
+        super().run()
+        if not self.inplace:
+            self.copy_extensions_to_source()
+
+
 setup(
     ext_modules=[
         Pybind11Extension(
@@ -12,5 +25,5 @@ setup(
             extra_compile_args=["-O3"],
         )
     ],
-    cmdclass={"build_ext": build_ext},
+    cmdclass={"build_ext": BuildBesideSource},
 )

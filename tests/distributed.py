@@ -217,7 +217,7 @@ def _spawn_context() -> BaseContext:
 
 def _rank_environment() -> dict[str, str]:
     """One thread per rank, and gloo on the loopback interface where there is one, so that no name is looked up."""
-    environment = {name: "1" for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")}
+    environment = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
     if "lo" in (name for _, name in socket.if_nameindex()):
         environment["GLOO_SOCKET_IFNAME"] = "lo"
     return environment

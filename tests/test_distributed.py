@@ -6,11 +6,14 @@ import os
 import statistics
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
+
 from distributed import RankFailure, run_distributed, run_torchrun
 
 
@@ -88,7 +91,7 @@ def test_a_hanging_rank_is_killed_and_shows_where_it_hangs() -> None:
 
 
 def test_a_rank_that_dies_without_a_word_is_reported_with_its_exit_code() -> None:
-    with pytest.raises(RankFailure, match="rank 1 .*\n.*exit code 17"):
+    with pytest.raises(RankFailure, match=r"rank 1 .*\n.*exit code 17"):
         run_distributed(die_silently, 2)
 
 
@@ -112,7 +115,7 @@ def test_ranks_start_with_torch_and_megatron_imported() -> None:
     assert {"torch", "torch.distributed.fsdp", "megatron.errors"} <= modules
 
 
-def test_starting_four_ranks_is_measured(record_property: pytest.RecordProperty) -> None:
+def test_starting_four_ranks_is_measured(record_property: Callable[[str, object], None]) -> None:
     run_distributed(entry_time, 4)  # the server is warm from here on
     seconds = []
     for _ in range(7):
@@ -121,7 +124,7 @@ def test_starting_four_ranks_is_measured(record_property: pytest.RecordProperty)
     record_property("measured", f"four ranks inside the test function after {statistics.median(seconds):.2f} s")
 
 
-def test_a_script_runs_under_torchrun(tmp_path) -> None:
+def test_a_script_runs_under_torchrun(tmp_path: Path) -> None:
     script = tmp_path / "hello.py"
     script.write_text("import os, sys; print('rank', os.environ['RANK'], sys.argv[1:]); sys.exit(0)\n")
     run = run_torchrun([script, "--flag"], nproc=2)
@@ -129,7 +132,7 @@ def test_a_script_runs_under_torchrun(tmp_path) -> None:
     assert "rank 0 ['--flag']" in run.stdout and "rank 1 ['--flag']" in run.stdout
 
 
-def test_torchrun_past_its_time_limit_is_killed_with_its_workers(tmp_path) -> None:
+def test_torchrun_past_its_time_limit_is_killed_with_its_workers(tmp_path: Path) -> None:
     script = tmp_path / "sleeper.py"
     script.write_text("import os, time; print('worker', os.getpid(), flush=True); time.sleep(600)\n")
     with pytest.raises(RankFailure, match="did not finish within 8") as failure:
