@@ -12,7 +12,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 # Product code only: tests are linted and run, the harness that others build on is type-checked too.
-TYPED := megatron $(wildcard tools weights_conversion benchmarks *.py) tests/distributed.py
+TYPED := megatron tests/distributed.py $(filter-out setup.py,$(wildcard tools weights_conversion benchmarks *.py))
 
 .PHONY: setup demo test check bench
 .DELETE_ON_ERROR:

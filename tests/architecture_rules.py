@@ -61,35 +61,12 @@ NAMES_OF_ONE_FILE = {
     "DeviceMesh": "megatron.core.topology",
     "DTensor": "megatron.core.data_parallel",
 }
-IMMUTABLE_CALLS = frozenset(
-    [
-        "MappingProxyType",
-        "NewType",
-        "ParamSpec",
-        "Path",
-        "PurePosixPath",
-        "Struct",
-        "TypeVar",
-        "bytes",
-        "compile",
-        "dtype",
-        "device",
-        "finfo",
-        "float",
-        "frozenset",
-        "get_args",
-        "getLogger",
-        "getattr",
-        "int",
-        "itemgetter",
-        "len",
-        "max",
-        "min",
-        "range",
-        "str",
-        "timedelta",
-        "tuple",
-    ]
+IMMUTABLE_CALLS = (
+    frozenset({"MappingProxyType", "frozenset", "partial", "range", "tuple"})
+    | {"bytes", "float", "int", "len", "max", "min", "str"}
+    | {"Path", "PurePosixPath", "Struct", "compile", "getattr", "itemgetter", "timedelta"}
+    | {"NewType", "ParamSpec", "TypeVar", "get_args", "getLogger"}
+    | {"device", "dtype", "finfo"}
 )
 READ_ONLY_ANNOTATIONS = frozenset({"Mapping", "Sequence", "AbstractSet", "TypeAlias"})
 
