@@ -1,0 +1,1 @@
+"""From files of tokens to the micro-batches of a step."""

@@ -1,0 +1,303 @@
+"""Tokenized text on disk: ``<prefix>.bin`` holds the ids, ``<prefix>.idx`` says where each sequence lies.
+
+A *sequence* is a stored run of tokens, a *document* one or more sequences; most files have one sequence
+per document. The files are byte for byte those of Megatron-LM and Megatron-LLM (see `index_file`).
+"""
+
+import contextlib
+import hashlib
+import os
+from array import array
+from functools import cached_property
+from pathlib import Path
+from types import TracebackType
+from typing import IO
+
+import numpy as np
+import numpy.typing as npt
+
+from megatron.data.index_file import (
+    CHUNK_SEQUENCES,
+    DTYPE_CODES,
+    HEADER,
+    MAGIC,
+    PREPROCESS_AGAIN,
+    VERSION,
+    map_file,
+    read_index,
+)
+from megatron.errors import DataError
+
+# Blocks of the .bin file that enter a fingerprint, evenly spaced, first and last included.
+_FINGERPRINT_BLOCKS = 64
+_FINGERPRINT_BLOCK_BYTES = 4096
+_WRITE_BUFFER_BYTES = 1 << 20
+
+
+def best_dtype(vocab_size: int) -> np.dtype:
+    """The dtype that Megatron-LM picks: uint16 while the ids, with some room, fit into it."""
+    return np.dtype(np.uint16 if vocab_size < 65500 else np.int32)
+
+
+def strip_suffix(path: str | os.PathLike[str]) -> Path:
+    """``corpus``, ``corpus.bin`` and ``corpus.idx`` all name the dataset with the prefix ``corpus``."""
+    text = os.fspath(path)
+    return Path(text[:-4] if text.endswith((".bin", ".idx")) else text)
+
+
+class IndexedDataset:
+    """Random access to the sequences of a tokenized dataset, memory-mapped and checked when opened."""
+
+    def __init__(self, prefix: str | os.PathLike[str]):
+        self.prefix = strip_suffix(prefix)
+        bin_path, idx_path = Path(f"{self.prefix}.bin"), Path(f"{self.prefix}.idx")
+        _require_files(self.prefix, bin_path, idx_path)
+        try:
+            raw = map_file(bin_path)
+            self._index = read_index(idx_path, bin_path, raw.size)
+        except OSError as error:
+            raise DataError(
+                f"{error.filename or self.prefix}: cannot be read ({error.strerror}); check its permissions."
+            ) from error
+        self._tokens = raw.view(self._index.dtype)
+
+    def __len__(self) -> int:
+        """The number of sequences."""
+        return len(self._index.sequence_lengths)
+
+    def get(self, index: int, offset: int = 0, length: int | None = None) -> np.ndarray:
+        """Return tokens [length] of one sequence, from `offset` on: a read-only view that outlives the dataset."""
+        if not 0 <= index < len(self):
+            raise IndexError(f"sequence {index} of {self.prefix}, which has {len(self)}")
+        available = int(self._index.sequence_lengths[index])
+        stop = available if length is None else offset + length
+        if not 0 <= offset <= stop <= available:
+            raise IndexError(f"tokens {offset}:{stop} of sequence {index} of {self.prefix}, which has {available}")
+        start = int(self._index.sequence_pointers[index]) // self.dtype.itemsize
+        return self._tokens[start + offset : start + stop]
+
+    @property
+    def dtype(self) -> np.dtype:
+        return self._index.dtype
+
+    @property
+    def num_tokens(self) -> int:
+        return self._index.num_tokens
+
+    @property
+    def tokens(self) -> np.ndarray:
+        """All sequences end to end, [num_tokens]: a read-only view of the mapped .bin file."""
+        return self._tokens
+
+    @property
+    def sequence_lengths(self) -> np.ndarray:
+        """int32 [len(self)], in tokens; perhaps an unaligned view of the mapped file."""
+        return self._index.sequence_lengths
+
+    @property
+    def document_indices(self) -> np.ndarray:
+        """int64 [d], as stored: document i is the sequences d[i] to d[i + 1]; only [0] in instruction data."""
+        return self._index.document_indices
+
+    @property
+    def num_documents(self) -> int:
+        """Documents as stored; where the document index is only [0], each sequence is a document."""
+        return len(self) if len(self.document_indices) == 1 else len(self.document_indices) - 1
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Identifies the content: dtype, all sequence lengths, and blocks of tokens sampled over the whole .bin file.
+
+        The lengths decide the sample order and are hashed in full. The path is left out: a copy is the same data.
+        """
+        digest = hashlib.sha256(f"{self.dtype.name} {len(self)} {self.num_tokens}".encode())
+        for start in range(0, len(self), CHUNK_SEQUENCES):
+            digest.update(self.sequence_lengths[start : start + CHUNK_SEQUENCES].tobytes())
+        block = _FINGERPRINT_BLOCK_BYTES // self.dtype.itemsize
+        last_start = max(self.num_tokens - block, 0)
+        for start in np.unique(np.linspace(0, last_start, _FINGERPRINT_BLOCKS).astype(np.int64)):
+            digest.update(self._tokens[start : start + block].tobytes())
+        return digest.hexdigest()
+
+
+def _require_files(prefix: Path, bin_path: Path, idx_path: Path) -> None:
+    missing = [path for path in (bin_path, idx_path) if not path.is_file()]
+    if len(missing) == 2:
+        raise DataError(
+            f"{prefix}: there is no tokenized dataset of this name, neither {bin_path.name} nor {idx_path.name}; "
+            f"give the path without .bin or .idx, or create the dataset with tools/preprocess_data.py."
+        )
+    if missing:
+        partner = bin_path if missing[0] is idx_path else idx_path
+        raise DataError(
+            f"{missing[0]}: missing beside {partner.name}; a dataset is both files, perhaps the preprocessing was "
+            f"interrupted: {PREPROCESS_AGAIN}."
+        )
+
+
+class IndexedDatasetWriter:
+    """Write a dataset sequence by sequence; both files appear, complete, in `finalize()` and not before.
+
+    Everything goes to temporary names first. Leaving the ``with`` block finalizes, an exception in it removes the
+    temporary files. Memory: 4 bytes a sequence and 8 bytes a document.
+    """
+
+    def __init__(self, prefix: str | os.PathLike[str], dtype: npt.DTypeLike):
+        self.prefix = strip_suffix(prefix)
+        self.dtype = np.dtype(dtype).newbyteorder("<")
+        if self.dtype.name not in DTYPE_CODES:
+            raise DataError(
+                f"dtype {self.dtype.name} has no code in the .idx format; use one of {', '.join(DTYPE_CODES)}."
+            )
+        # The process number keeps two jobs that write the same prefix from writing into one file.
+        self._bin_tmp = Path(f"{self.prefix}.bin.{os.getpid()}.tmp")
+        self._idx_tmp = Path(f"{self.prefix}.idx.{os.getpid()}.tmp")
+        self._lengths = array("i")
+        self._boundaries = array("q", [0])
+        self._closed = False
+        try:
+            self.prefix.parent.mkdir(parents=True, exist_ok=True)
+            self._bin = open(self._bin_tmp, "wb", buffering=_WRITE_BUFFER_BYTES)  # noqa: SIM115 - closed in finalize/abort
+        except OSError as error:
+            raise self._cannot_write(error) from error
+
+    def add_item(self, tokens: npt.ArrayLike) -> None:
+        """Append one sequence, tokens [length], to the document that `end_document` will end."""
+        values = self._convert(tokens)
+        if values.size > np.iinfo(np.int32).max:
+            raise DataError(
+                f"sequence {len(self._lengths)} has {values.size} tokens, more than an index can hold "
+                f"({np.iinfo(np.int32).max}); split the document."
+            )
+        self._write(values)
+        self._lengths.append(values.size)
+
+    def end_document(self) -> None:
+        self._boundaries.append(len(self._lengths))
+
+    def add_document(self, tokens: npt.ArrayLike, lengths: npt.ArrayLike | None = None) -> None:
+        """Append one document, tokens [sum(lengths)]; without `lengths` it is one sequence."""
+        if lengths is None:
+            self.add_item(tokens)
+            return self.end_document()
+        values = self._convert(tokens)
+        counts = [int(length) for length in np.atleast_1d(np.asarray(lengths))]
+        if sum(counts) != values.size or any(count < 0 for count in counts):
+            raise DataError(
+                f"document {len(self._boundaries) - 1} has {values.size} tokens, but its sequence lengths {counts} add "
+                f"up to {sum(counts)}; lengths must not be negative and must add up to the number of tokens."
+            )
+        self._write(values)
+        self._lengths.extend(counts)
+        self.end_document()
+
+    def finalize(self) -> None:
+        """Make both files durable and give them their final names; the .idx file comes last and completes the pair."""
+        if self._boundaries[-1] != len(self._lengths):
+            raise DataError(
+                f"{self.prefix}: the last {len(self._lengths) - self._boundaries[-1]} sequences belong to no document; "
+                f"call end_document() before finalize()."
+            )
+        try:
+            _sync_and_close(self._bin)
+            with open(self._idx_tmp, "wb", buffering=_WRITE_BUFFER_BYTES) as idx:
+                self._write_index(idx)
+                _sync_and_close(idx)
+            # An earlier .idx must never stand beside the new .bin, not even between two renames.
+            Path(f"{self.prefix}.idx").unlink(missing_ok=True)
+            os.replace(self._bin_tmp, f"{self.prefix}.bin")
+            os.replace(self._idx_tmp, f"{self.prefix}.idx")
+            _sync_folder(self.prefix.parent)
+        except OSError as error:
+            self.abort()
+            raise self._cannot_write(error) from error
+        self._closed = True
+
+    def abort(self) -> None:
+        """Remove the temporary files; what stood under the final names before is untouched."""
+        self._closed = True
+        with contextlib.suppress(OSError):  # closing flushes, which fails again on a full disk
+            self._bin.close()
+        self._bin_tmp.unlink(missing_ok=True)
+        self._idx_tmp.unlink(missing_ok=True)
+
+    def __enter__(self) -> "IndexedDatasetWriter":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._closed:
+            return
+        if kind is not None:
+            return self.abort()
+        try:
+            self.finalize()
+        except BaseException:
+            self.abort()
+            raise
+
+    def _convert(self, tokens: npt.ArrayLike) -> np.ndarray:
+        """Convert to the dtype of the file, refusing every value that it cannot hold."""
+        values = np.asarray(tokens)
+        if values.ndim != 1:
+            raise DataError(f"tokens of shape {values.shape} are not one sequence; pass a one-dimensional array.")
+        if values.dtype == self.dtype or values.size == 0:
+            return values.astype(self.dtype, copy=False)
+        if self.dtype.kind in "iu":
+            self._check_range(values)
+        return values.astype(self.dtype)
+
+    def _check_range(self, values: np.ndarray) -> None:
+        where = f"document {len(self._boundaries) - 1}"
+        if values.dtype.kind not in "iu":
+            raise DataError(f"{where}: tokens of dtype {values.dtype} cannot be ids in a file of {self.dtype.name}.")
+        limits = np.iinfo(self.dtype)
+        low, high = int(values.min()), int(values.max())
+        if low < limits.min or high > limits.max:
+            raise DataError(
+                f"{where}: token id {high if high > limits.max else low} does not fit into {self.dtype.name} "
+                f"({limits.min} to {limits.max}); choose the dtype from the whole vocabulary, added tokens included."
+            )
+
+    def _write(self, values: np.ndarray) -> None:
+        try:
+            self._bin.write(values.tobytes())
+        except OSError as error:
+            self.abort()
+            raise self._cannot_write(error) from error
+
+    def _write_index(self, idx: IO[bytes]) -> None:
+        lengths = np.frombuffer(self._lengths, dtype=np.int32)
+        boundaries = np.frombuffer(self._boundaries, dtype=np.int64)
+        code = DTYPE_CODES[self.dtype.name]
+        idx.write(HEADER.pack(MAGIC, VERSION, code, len(lengths), len(boundaries)))
+        idx.write(lengths.astype("<i4", copy=False).data)
+        position_bytes = 0
+        for start in range(0, len(lengths), CHUNK_SEQUENCES):
+            chunk_bytes = lengths[start : start + CHUNK_SEQUENCES].astype("<i8") * self.dtype.itemsize
+            ends = position_bytes + np.cumsum(chunk_bytes)
+            idx.write((ends - chunk_bytes).data)
+            position_bytes = int(ends[-1])
+        idx.write(boundaries.astype("<i8", copy=False).data)
+
+    def _cannot_write(self, error: OSError) -> DataError:
+        return DataError(
+            f"{self.prefix}: cannot be written ({error.strerror}); nothing was left under this name. "
+            f"Choose a folder that exists, is writable and has space."
+        )
+
+
+def _sync_and_close(file: IO[bytes]) -> None:
+    file.flush()
+    os.fsync(file.fileno())
+    file.close()
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make renames inside `folder` durable."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,165 @@
+"""From samples to the micro-batches of a step, prepared in the background.
+
+Shapes: b micro-batch, s sequence.
+"""
+
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from megatron.data.gpt import Sample
+from megatron.data.sampler import microbatch_indices
+from megatron.errors import DataError
+
+
+class SampleSource(Protocol):
+    """Random access to samples of one length; `GPTDataset` is one."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> Sample: ...
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One micro-batch. tokens, labels: int64 [b, s]; loss_mask: float32 [b, s], 1 where the label counts.
+
+    position_ids: int64 [b, s], or None for 0 to s - 1 in every row. index: the number of the micro-batch in the
+    global batch, the same on any data-parallel size; it keys the dropout masks.
+    """
+
+    tokens: Tensor
+    labels: Tensor
+    loss_mask: Tensor
+    position_ids: Tensor | None
+    index: int
+
+    def to(self, device: torch.device) -> "Batch":
+        """Copy to a device; asynchronously where the memory is pinned."""
+        positions = None if self.position_ids is None else self.position_ids.to(device, non_blocking=True)
+        return Batch(
+            tokens=self.tokens.to(device, non_blocking=True),
+            labels=self.labels.to(device, non_blocking=True),
+            loss_mask=self.loss_mask.to(device, non_blocking=True),
+            position_ids=positions,
+            index=self.index,
+        )
+
+
+def batches_for_step(
+    dataset: SampleSource,
+    consumed_samples: int,
+    *,
+    micro_batch_size: int,
+    data_parallel_rank: int,
+    data_parallel_size: int,
+    num_microbatches: int,
+) -> list[Batch]:
+    """Return this rank's micro-batches of the step that starts after `consumed_samples`, in order."""
+    needed = consumed_samples + micro_batch_size * data_parallel_size * num_microbatches
+    if needed > len(dataset):
+        raise DataError(
+            f"the step after {consumed_samples} samples reads up to sample {needed}, but the dataset was built for "
+            f"{len(dataset)}; train fewer iterations, or build it for more samples."
+        )
+    indices = microbatch_indices(
+        consumed_samples,
+        micro_batch_size=micro_batch_size,
+        data_parallel_rank=data_parallel_rank,
+        data_parallel_size=data_parallel_size,
+        num_microbatches=num_microbatches,
+    )
+    return [
+        _collate([dataset[index] for index in samples], number * data_parallel_size + data_parallel_rank)
+        for number, samples in enumerate(indices)
+    ]
+
+
+def _collate(samples: list[Sample], index: int) -> Batch:
+    tokens = np.stack([sample.tokens for sample in samples])
+    return Batch(
+        tokens=torch.from_numpy(np.ascontiguousarray(tokens[:, :-1])),
+        labels=torch.from_numpy(np.ascontiguousarray(tokens[:, 1:])),
+        loss_mask=torch.from_numpy(np.stack([sample.loss_mask for sample in samples])),
+        position_ids=None,
+        index=index,
+    )
+
+
+class StepLoader:
+    """Iterates over the micro-batches of step after step; each of `num_workers` threads prepares one step ahead.
+
+    What it yields is `batches_for_step` of the advancing `consumed_samples` and nothing else; the threads decide
+    only when the work is done, and with 0 of them it is done when asked for. An error in a thread is raised by the
+    step it belongs to. `consumed_samples` counts the steps handed out, not those prepared.
+    """
+
+    def __init__(
+        self,
+        dataset: SampleSource,
+        consumed_samples: int,
+        *,
+        micro_batch_size: int,
+        data_parallel_rank: int,
+        data_parallel_size: int,
+        num_microbatches: int,
+        num_workers: int = 2,
+    ):
+        self.consumed_samples = consumed_samples
+        self._dataset = dataset
+        self._micro_batch_size = micro_batch_size
+        self._data_parallel_rank = data_parallel_rank
+        self._data_parallel_size = data_parallel_size
+        self._num_microbatches = num_microbatches
+        self._global_batch_size = micro_batch_size * data_parallel_size * num_microbatches
+        self._threads = ThreadPoolExecutor(num_workers, thread_name_prefix="data") if num_workers else None
+        self._num_workers = num_workers
+        self._prepared: deque[Future[list[Batch]]] = deque()
+        self._prepare_ahead()
+
+    def __iter__(self) -> Iterator[list[Batch]]:
+        return self
+
+    def __next__(self) -> list[Batch]:
+        if self._threads is None:
+            batches = self._step(self.consumed_samples)
+        else:
+            batches = self._prepared[0].result()  # stays in front when it raises, so that asking again raises again
+            self._prepared.popleft()
+        self.consumed_samples += self._global_batch_size
+        self._prepare_ahead()
+        return batches
+
+    def close(self) -> None:
+        """End the threads; steps that are prepared but not handed out are dropped."""
+        if self._threads is not None:
+            self._threads.shutdown(wait=True, cancel_futures=True)
+
+    def __enter__(self) -> "StepLoader":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _prepare_ahead(self) -> None:
+        """Give every thread a step, as far as the next ones are not under way."""
+        while self._threads is not None and len(self._prepared) < self._num_workers:
+            self._prepared.append(
+                self._threads.submit(self._step, self.consumed_samples + len(self._prepared) * self._global_batch_size)
+            )
+
+    def _step(self, consumed_samples: int) -> list[Batch]:
+        return batches_for_step(
+            self._dataset,
+            consumed_samples,
+            micro_batch_size=self._micro_batch_size,
+            data_parallel_rank=self._data_parallel_rank,
+            data_parallel_size=self._data_parallel_size,
+            num_microbatches=self._num_microbatches,
+        )
