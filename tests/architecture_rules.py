@@ -25,6 +25,7 @@ LEVELS: Mapping[str, int] = {
     "megatron.core.pipeline": 2,
     "megatron.core.data_parallel": 2,
     "megatron.core.recompute": 2,
+    "megatron.core.replication": 2,
     "megatron.model": 3,
     "megatron.peft": 3,
     "megatron.optimizer": 3,
@@ -46,6 +47,7 @@ SIDEWAYS = frozenset(
         ("megatron.core.layout", "megatron.errors"),
         ("megatron.core.sharding", "megatron.errors"),
         ("megatron.core.collectives", "megatron.core.topology"),
+        ("megatron.core.data_parallel", "megatron.core.replication"),
         ("megatron.data", "megatron.tokenizer"),
         ("megatron.peft", "megatron.model"),
         ("megatron.config", "megatron.cli"),
@@ -55,12 +57,7 @@ SIDEWAYS = frozenset(
 EXECUTING = frozenset({"megatron.core.pipeline", "megatron.core.pipeline.executor", "megatron.core.pipeline.p2p"})
 ENVIRONMENT_READERS = ("megatron.core.topology", "megatron.training.logging")
 OPTIONAL_PACKAGES = frozenset({"bitsandbytes", "flash_attn", "gigatoken", "peft", "transformers", "wandb"})
-NAMES_OF_ONE_FILE = {
-    "init_process_group": "megatron.core.topology",
-    "init_device_mesh": "megatron.core.topology",
-    "DeviceMesh": "megatron.core.topology",
-    "DTensor": "megatron.core.data_parallel",
-}
+MESH_MAKERS = frozenset({"init_process_group", "init_device_mesh", "DeviceMesh"})
 IMMUTABLE_CALLS = (
     frozenset({"MappingProxyType", "frozenset", "partial", "range", "tuple"})
     | {"bytes", "float", "int", "len", "max", "min", "str"}
@@ -147,10 +144,16 @@ def schedules_and_numbers_are_pure(source: Source) -> Iterator[str]:
 
 
 def communication_is_set_up_in_one_place(source: Source) -> Iterator[str]:
-    for line, name in identifiers(source.tree):
-        owner = NAMES_OF_ONE_FILE.get(name)
-        if owner and not is_in(source.module, owner):
-            yield f"{source.module}:{line} mentions {name}, which only {owner} knows: ask for what is needed there"
+    """A type annotation may name DeviceMesh anywhere; making one, or a process group, is the topology's."""
+    if not is_in(source.module, "megatron.core.topology"):
+        for node in ast.walk(source.tree):
+            called = ast.unparse(node.func).split(".")[-1] if isinstance(node, ast.Call) else ""
+            if called in MESH_MAKERS:
+                yield f"{source.module}:{node.lineno} calls {called}: take an Axis or the mesh of a Topology instead"
+    if not is_in(source.module, "megatron.core.data_parallel"):
+        for line, name in identifiers(source.tree):
+            if name == "DTensor":
+                yield f"{source.module}:{line} mentions DTensor: ask megatron.core.data_parallel for the local tensor"
 
 
 def the_environment_is_read_in_one_place(source: Source) -> Iterator[str]:
