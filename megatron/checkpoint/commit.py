@@ -1,0 +1,181 @@
+"""A checkpoint appears whole or not at all.
+
+Every rank writes into a hidden folder beside the others; when all have succeeded, rank 0 proves that every entry is
+stored exactly once, writes the manifest, renames the folder into place and moves the tracker. An iteration that is
+saved again is written anew beside the old one, which is set aside only when the new one is complete; what a crash
+leaves behind is put right by the next save.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import shutil
+import uuid
+from collections.abc import Callable, Collection, Iterable
+from contextlib import ExitStack
+from pathlib import Path
+
+from megatron.checkpoint.agreement import gather_to_first, on_every_rank, on_first_rank
+from megatron.checkpoint.locate import TRACKER_FILE, iteration_folder, replaced_folder
+from megatron.checkpoint.manifest import Entry, Manifest, write_manifest
+from megatron.checkpoint.source import CheckpointInfo
+from megatron.checkpoint.storage import WrittenFile
+from megatron.core.topology import Axis
+from megatron.errors import CheckpointError
+
+_STAGING_PREFIX = ".tmp-"
+_LOCK_FILE = ".lock"
+
+
+def commit(
+    root: Path,
+    info: CheckpointInfo,
+    write: Callable[[Path], list[WrittenFile]],
+    world: Axis,
+    *,
+    expected: Collection[str],
+) -> Path:
+    """Calls ``write(folder)`` on every rank and publishes what they wrote as one iteration; returns its folder.
+
+    `expected` are the entries this rank knows of, written or not: one that no rank wrote is an error. Every rank
+    returns, or every rank raises CheckpointError with the causes of the ranks that failed.
+    """
+    with ExitStack() as lock:
+        staging = on_first_rank(world, lambda: _prepare(root, lock))
+        try:
+            files = on_every_rank(world, lambda: _write_into(staging, write))
+            gathered = gather_to_first(world, (files, set(expected)))
+            return on_first_rank(world, lambda: _publish(root, staging, info, gathered))
+        except BaseException:
+            if world.is_first:  # a stub on a full disk would only be in the way
+                shutil.rmtree(staging, ignore_errors=True)
+            raise
+
+
+def check_save_folder(root: Path) -> None:
+    """Raises CheckpointError if no checkpoint can be written to `root`; creates it. For the start of a run."""
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        probe = root / f"{_STAGING_PREFIX}probe-{uuid.uuid4().hex}"
+        probe.mkdir()
+        probe.rmdir()
+    except OSError as error:
+        raise CheckpointError(
+            f"--save {root}: no checkpoint can be written there ({error.strerror}); choose a folder that is writable."
+        ) from error
+
+
+def _prepare(root: Path, lock: ExitStack) -> Path:
+    check_save_folder(root)
+    _lock(root, lock)
+    _clean_up(root)
+    staging = root / f"{_STAGING_PREFIX}{uuid.uuid4().hex}"
+    staging.mkdir()
+    return staging
+
+
+def _lock(root: Path, lock: ExitStack) -> None:
+    """Two runs that save into one folder would take each other's unfinished files for leftovers of a crash.
+
+    The kernel drops the lock when its process ends, however it ends.
+    """
+    file = lock.enter_context((root / _LOCK_FILE).open("w"))
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise CheckpointError(
+            f"--save {root}: another run is saving a checkpoint there; give each run its own folder."
+        ) from error
+
+
+def _clean_up(root: Path) -> None:
+    """Removes what crashed saves left, and brings back an iteration that one of them had just set aside."""
+    for leftover in root.glob(f"{_STAGING_PREFIX}*"):
+        if leftover.is_dir():
+            shutil.rmtree(leftover)
+        else:
+            leftover.unlink()
+    for old in root.glob(replaced_folder(root / "iter_*").name):
+        current = old.with_suffix("")
+        if current.exists():
+            shutil.rmtree(old)
+        else:
+            old.rename(current)
+
+
+def _write_into(staging: Path, write: Callable[[Path], list[WrittenFile]]) -> list[WrittenFile]:
+    if not staging.is_dir():
+        raise CheckpointError(
+            f"--save {staging.parent}: this host does not see the folder that rank 0 created in it; "
+            "save to a file system that all hosts share."
+        )
+    return write(staging)
+
+
+def _publish(
+    root: Path, staging: Path, info: CheckpointInfo, gathered: Iterable[tuple[list[WrittenFile], set[str]]]
+) -> Path:
+    files = [file for written, _ in gathered for file in written]
+    entries = _merge(files)
+    unwritten = set().union(*(expected for _, expected in gathered)) - entries.keys()
+    if unwritten:
+        raise CheckpointError(
+            f"iteration {info.state.iteration} would be incomplete: no rank wrote {', '.join(sorted(unwritten)[:4])}; "
+            "each element has to be handed in as copy 0 by one rank."
+        )
+    for file in files:
+        _check_visible(staging / file.name, file.record.num_bytes)
+    manifest = Manifest(entries, {file.name: file.record for file in files}, info)
+    manifest.check_tiling()
+    write_manifest(staging, manifest)
+    _sync(staging)
+    final = iteration_folder(root, info.state.iteration)
+    replaced = replaced_folder(final)
+    if final.exists():
+        final.rename(replaced)
+    staging.rename(final)
+    _sync(root)
+    _write_tracker(root, info.state.iteration)
+    shutil.rmtree(replaced, ignore_errors=True)
+    return final
+
+
+def _merge(files: Iterable[WrittenFile]) -> dict[str, Entry]:
+    entries: dict[str, Entry] = {}
+    for written in (piece for file in files for piece in file.pieces):
+        known = entries.get(written.entry, Entry(written.dtype, written.shape, ()))
+        if (known.dtype, known.shape) != (written.dtype, written.shape):
+            raise CheckpointError(
+                f"{written.entry} is {known.dtype} {list(known.shape)} on one rank and {written.dtype} "
+                f"{list(written.shape)} in {written.piece.file}; all ranks must build the same model."
+            )
+        entries[written.entry] = Entry(known.dtype, known.shape, (*known.pieces, written.piece))
+    return entries
+
+
+def _check_visible(path: Path, num_bytes: int) -> None:
+    if not path.exists() or path.stat().st_size != num_bytes:
+        raise CheckpointError(
+            f"{path} was written by another host, but rank 0 does not see its {num_bytes} bytes; "
+            "save to a file system that all hosts share."
+        )
+
+
+def _write_tracker(root: Path, iteration: int) -> None:
+    temporary = root / f"{_STAGING_PREFIX}tracker-{uuid.uuid4().hex}"
+    with open(temporary, "w") as file:
+        file.write(str(iteration))
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(root / TRACKER_FILE)
+    _sync(root)
+
+
+def _sync(folder: Path) -> None:
+    """Makes the names in a folder durable, as fsync makes the content of a file."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

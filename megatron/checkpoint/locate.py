@@ -1,0 +1,66 @@
+"""Where the iterations of a run lie, and which of them is the latest."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from megatron.checkpoint.manifest import MANIFEST_FILE
+from megatron.errors import CheckpointError
+
+TRACKER_FILE = "latest_checkpointed_iteration.txt"
+
+_ITERATION_NAME = re.compile(r"iter_(\d{7,})")
+
+
+def iteration_folder(root: Path, iteration: int) -> Path:
+    return root / f"iter_{iteration:07d}"
+
+
+def replaced_folder(folder: Path) -> Path:
+    """Where an iteration lies for the moment in which a new version of it takes its place."""
+    return folder.with_name(folder.name + ".replaced")
+
+
+def list_iterations(root: Path) -> list[int]:
+    """The complete checkpoints under `root`, ascending."""
+    matches = (_ITERATION_NAME.fullmatch(path.parent.name) for path in root.glob(f"iter_*/{MANIFEST_FILE}"))
+    return sorted(int(match.group(1)) for match in matches if match)
+
+
+def read_tracker(root: Path) -> int:
+    """The iteration that `root` names as its latest. Raises CheckpointError if it names none."""
+    tracker = root / TRACKER_FILE
+    try:
+        content = tracker.read_bytes()
+    except OSError as error:
+        raise CheckpointError(
+            f"{tracker} cannot be read ({error.strerror}); name an iteration with --load_iters: {_found(root)}."
+        ) from error
+    if not re.fullmatch(rb"\s*\d{1,15}\s*", content):
+        raise CheckpointError(
+            f"{tracker} holds {content[:40]!r}, which is not an iteration; "
+            f"write one into it or name one with --load_iters: {_found(root)}."
+        )
+    return int(content)
+
+
+def find_checkpoint(root: Path, iteration: int | None = None) -> Path:
+    """The folder of `iteration`, by default of the one the tracker names. Raises CheckpointError if there is none."""
+    if not root.is_dir():
+        raise CheckpointError(f"--load {root} is not a folder; give the folder that a run saved to.")
+    wanted = read_tracker(root) if iteration is None else iteration
+    folder = iteration_folder(root, wanted)
+    for candidate in (folder, replaced_folder(folder)):  # the latter alone after a crash between two renames
+        if (candidate / MANIFEST_FILE).exists():
+            return candidate
+    named_by = f"{root / TRACKER_FILE} names" if iteration is None else "--load_iters asks for"
+    raise CheckpointError(
+        f"{named_by} iteration {wanted}, but {folder / MANIFEST_FILE} does not exist; "
+        f"choose another with --load_iters: {_found(root)}."
+    )
+
+
+def _found(root: Path) -> str:
+    iterations = list_iterations(root)
+    return f"found {', '.join(map(str, iterations))}" if iterations else "found none"

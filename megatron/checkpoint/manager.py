@@ -1,0 +1,119 @@
+"""Saving and loading as a run does it: every rank calls these together.
+
+Whatever layout saved, any layout loads: ranks hand in `LocalTensor`s and speak of rectangles only.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Collection, Sequence
+from pathlib import Path
+
+from megatron.checkpoint.agreement import on_every_rank
+from megatron.checkpoint.commit import commit
+from megatron.checkpoint.hf import HuggingFaceSource
+from megatron.checkpoint.locate import TRACKER_FILE, find_checkpoint, list_iterations
+from megatron.checkpoint.manifest import MANIFEST_FILE
+from megatron.checkpoint.native import NativeSource
+from megatron.checkpoint.plan import Rectangle
+from megatron.checkpoint.source import CheckpointInfo, LocalTensor, Source, load_tensors
+from megatron.checkpoint.storage import BLOCK_BYTES, OutgoingPiece, write_file
+from megatron.core.sharding import Region
+from megatron.core.topology import Axis
+from megatron.errors import CheckpointError
+from megatron.model.config import ModelConfig
+
+# These shape neither the parameters nor the function that is evaluated.
+TRAINING_FIELDS = frozenset({"hidden_dropout", "attention_dropout", "init_method_std"})
+
+_MAX_LISTED = 8
+
+_EXPECTED = (
+    f"give a folder that a run saved to (with {TRACKER_FILE}), an iter_XXXXXXX folder (with {MANIFEST_FILE}), "
+    "or a Hugging Face model (with config.json and safetensors files)"
+)
+
+
+def save(
+    root: Path, info: CheckpointInfo, tensors: Sequence[LocalTensor], world: Axis, *, block_bytes: int = BLOCK_BYTES
+) -> Path:
+    """Writes ``root/iter_XXXXXXX`` from what all ranks hand in, and returns it when it is complete and durable.
+
+    Each element is handed in by exactly one rank as copy 0: data-parallel replicas pass disjoint row shards, or one of
+    them passes everything. An existing checkpoint of the same iteration is replaced once the new one is complete.
+    Raises CheckpointError on all ranks alike; nothing of the failed checkpoint stays.
+    """
+    pieces = [_outgoing(t, region) for t in tensors for region in t.regions if region.copy == 0]
+    return commit(
+        root,
+        info,
+        lambda folder: [write_file(folder / file_name(world.rank), pieces, block_bytes=block_bytes)] if pieces else [],
+        world,
+        expected={local.entry(region) for local in tensors for region in local.regions},
+    )
+
+
+def open_source(path: Path, iteration: int | None = None) -> Source:
+    """Opens what `path` is: the folder of a run, one iteration's folder in it, or a Hugging Face model.
+
+    Raises CheckpointError that says what was found and what is expected.
+    """
+    if (path / MANIFEST_FILE).exists():
+        return NativeSource(path)
+    if (path / TRACKER_FILE).exists() or list_iterations(path):
+        return NativeSource(find_checkpoint(path, iteration))
+    if (path / "config.json").exists():
+        return HuggingFaceSource(path)
+    if not path.is_dir():
+        raise CheckpointError(f"{path} is not a folder; {_EXPECTED}.")
+    names = sorted(entry.name for entry in path.iterdir())
+    more = f" and {len(names) - _MAX_LISTED} more" if len(names) > _MAX_LISTED else ""
+    raise CheckpointError(
+        f"{path} holds no checkpoint (found: {', '.join(names[:_MAX_LISTED]) or 'nothing'}{more}); {_EXPECTED}."
+    )
+
+
+def open_checkpoint(path: Path, world: Axis, iteration: int | None = None) -> Source:
+    """`open_source` on every rank; all raise if one cannot open it (its host does not see the folder, say)."""
+    return on_every_rank(world, lambda: open_source(path, iteration))
+
+
+def load(source: Source, tensors: Sequence[LocalTensor], world: Axis, *, narrow: bool = False) -> None:
+    """`load_tensors` on every rank; all raise CheckpointError if one finds damage, and nobody goes on alone."""
+    on_every_rank(world, lambda: load_tensors(source, tensors, narrow=narrow))
+
+
+def check_architecture(
+    path: Path, saved: ModelConfig, model: ModelConfig, *, may_differ: Collection[str] = TRAINING_FIELDS
+) -> None:
+    """Raises one CheckpointError that lists every field in which the two differ.
+
+    With rotary positions the longest sequence is not part of the weights, so that it may always differ.
+    """
+    ignored = set(may_differ)
+    if saved.position_embedding_type == model.position_embedding_type == "rotary":
+        ignored.add("max_position_embeddings")
+    differences = [
+        f"{field.name} is {getattr(saved, field.name)} in the checkpoint and {getattr(model, field.name)} in the run"
+        for field in dataclasses.fields(ModelConfig)
+        if field.name not in ignored and getattr(saved, field.name) != getattr(model, field.name)
+    ]
+    if differences:
+        raise CheckpointError(
+            f"{path} holds another architecture: {'; '.join(differences)}. "
+            "Give the checkpoint's values, or --use_checkpoint_args to take them from it."
+        )
+
+
+def file_name(rank_in_world: int) -> str:
+    return f"rank_{rank_in_world:05d}.safetensors"
+
+
+def _outgoing(local: LocalTensor, region: Region) -> OutgoingPiece:
+    return OutgoingPiece(
+        entry=local.entry(region),
+        shape=region.global_shape,
+        dtype=local.tensor.dtype,
+        rectangle=Rectangle(region.start, region.size),
+        read=lambda: local.tensor[region.local_slices],
+    )

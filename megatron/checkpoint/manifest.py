@@ -1,0 +1,162 @@
+"""The manifest: the commit record of a checkpoint.
+
+It says which entries there are, of which rectangles in which files each is made, the checksum of every block of every
+file, and everything of the run that is not a tensor. It is written last: a folder without one is no checkpoint. The
+first line holds the checksum of all that follows it; the whole file is JSON.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import zlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron.checkpoint.container import DTYPE_NAMES, DTYPES
+from megatron.checkpoint.plan import Rectangle, tiling_defect
+from megatron.checkpoint.source import JSON, CheckpointInfo, RunState, TokenizerIdentity
+from megatron.errors import CheckpointError
+from megatron.model.config import ModelConfig, RopeScaling
+
+MANIFEST_FILE = "manifest.json"
+FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Piece:
+    """The rectangle of an entry that is stored as tensor `key` of `file`."""
+
+    file: str
+    key: str
+    rectangle: Rectangle
+
+
+@dataclass(frozen=True)
+class Entry:
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    pieces: tuple[Piece, ...]
+
+
+@dataclass(frozen=True)
+class FileRecord:
+    """What a file must look like. Block `i` of the data section starts at byte ``i * block_bytes`` of it."""
+
+    num_bytes: int
+    header_bytes: int
+    header_crc32: int
+    block_bytes: int
+    block_crc32: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Manifest:
+    entries: Mapping[str, Entry]
+    files: Mapping[str, FileRecord]
+    info: CheckpointInfo
+
+    def check_tiling(self) -> None:
+        """Raises CheckpointError unless the pieces of every entry cover it exactly once."""
+        for name, entry in self.entries.items():
+            defect = tiling_defect(entry.shape, [piece.rectangle for piece in entry.pieces])
+            if defect is not None:
+                raise CheckpointError(
+                    f"{name} of iteration {self.info.state.iteration} is not stored exactly once: {defect}; "
+                    "every rectangle must come from exactly one rank. Use another checkpoint."
+                )
+
+
+def write_manifest(folder: Path, manifest: Manifest) -> None:
+    body = json.dumps(_to_json(manifest), indent=1, allow_nan=False)[1:].encode()
+    with open(folder / MANIFEST_FILE, "xb") as file:
+        file.write(b'{"crc32": "%08x",\n' % zlib.crc32(body) + body)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """Raises CheckpointError when the manifest is missing, damaged, of another version, or leaves gaps."""
+    path = folder / MANIFEST_FILE
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise CheckpointError(
+            f"{path} cannot be read ({error.strerror}): without it {folder} is no complete checkpoint; "
+            "load another iteration with --load_iters."
+        ) from error
+    first_line, _, body = content.partition(b"\n")
+    if first_line != b'{"crc32": "%08x",' % zlib.crc32(body):
+        raise CheckpointError(
+            f"{path} is damaged: its content does not have the checksum of its first line; "
+            "restore the file or load another iteration with --load_iters."
+        )
+    fields = json.loads(content)
+    if fields["format_version"] != FORMAT_VERSION:
+        raise CheckpointError(
+            f"{path} has format version {fields['format_version']}, this program reads version {FORMAT_VERSION}; "
+            "use the program that wrote it."
+        )
+    manifest = _from_json(fields, path)
+    manifest.check_tiling()
+    return manifest
+
+
+def _to_json(manifest: Manifest) -> dict[str, JSON]:
+    return {
+        "format_version": FORMAT_VERSION,
+        **dataclasses.asdict(manifest.info),
+        "files": {
+            name: {**dataclasses.asdict(record), "block_crc32": " ".join(f"{crc:08x}" for crc in record.block_crc32)}
+            for name, record in sorted(manifest.files.items())
+        },
+        "entries": {
+            name: {
+                "dtype": DTYPE_NAMES[entry.dtype],
+                "shape": entry.shape,
+                "pieces": [
+                    {"file": p.file, "key": p.key, "start": p.rectangle.start, "size": p.rectangle.size}
+                    for p in entry.pieces
+                ],
+            }
+            for name, entry in sorted(manifest.entries.items())
+        },
+    }
+
+
+def _from_json(fields: Mapping[str, Any], path: Path) -> Manifest:
+    return Manifest(
+        entries={name: _entry(entry) for name, entry in fields["entries"].items()},
+        files={name: _file_record(record) for name, record in fields["files"].items()},
+        info=CheckpointInfo(
+            state=RunState(**fields["state"]),
+            model=_model_config(fields["model"], path),
+            model_name=fields["model_name"],
+            tokenizer=None if fields["tokenizer"] is None else TokenizerIdentity(**fields["tokenizer"]),
+        ),
+    )
+
+
+def _entry(fields: Mapping[str, Any]) -> Entry:
+    pieces = (Piece(p["file"], p["key"], Rectangle(tuple(p["start"]), tuple(p["size"]))) for p in fields["pieces"])
+    return Entry(DTYPES[fields["dtype"]], tuple(fields["shape"]), tuple(pieces))
+
+
+def _file_record(fields: Mapping[str, Any]) -> FileRecord:
+    return FileRecord(**{**fields, "block_crc32": tuple(int(crc, 16) for crc in fields["block_crc32"].split())})
+
+
+def _model_config(fields: Mapping[str, Any], path: Path) -> ModelConfig:
+    unknown = sorted(fields.keys() - {field.name for field in dataclasses.fields(ModelConfig)})
+    if unknown:
+        raise CheckpointError(
+            f"{path} describes its model with {', '.join(unknown)}, which this program does not know; "
+            "use the program that wrote it."
+        )
+    scaling = fields["rope_scaling"]
+    return ModelConfig(**{**fields, "rope_scaling": None if scaling is None else RopeScaling(**scaling)})
