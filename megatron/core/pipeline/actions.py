@@ -99,6 +99,12 @@ class Action(NamedTuple):
         return Value(True, stage + 1, microbatch)
 
     @property
+    def carries(self) -> Value:
+        """The value that a send or a receive moves; a value is named by the stage that produced it."""
+        send = self if self.kind.is_send else self.counterpart
+        return Value(send.kind is ActionKind.SEND_B, send.stage, send.microbatch)
+
+    @property
     def counterpart(self) -> Action:
         """The receive that belongs to a send, or the send that belongs to a receive."""
         _, stage, microbatch = self
@@ -145,12 +151,13 @@ class Placement:
 
 @dataclass(frozen=True)
 class Schedule:
-    """The computations of every rank in order: `ranks[pipeline_rank]`."""
+    """The computations of every rank in order: `ranks[pipeline_rank]`. `has_backward` is false for evaluation."""
 
     name: str
     placement: Placement
     num_microbatches: int
     ranks: tuple[tuple[Action, ...], ...]
+    has_backward: bool = True
 
 
 class ScheduleError(ValueError):

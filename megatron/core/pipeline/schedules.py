@@ -1,6 +1,6 @@
-"""GPipe, 1F1B and interleaved 1F1B.
+"""GPipe, 1F1B, interleaved 1F1B, and forward passes alone for evaluation.
 
-All three are one rule: a rank runs some forward passes to warm up, then one forward and one backward
+The first three are one rule: a rank runs some forward passes to warm up, then one forward and one backward
 in turn, then the backward passes that are left. They differ in the length of the warm-up and, when
 interleaved, in the order in which a rank visits its chunks.
 """
@@ -74,6 +74,25 @@ def interleaved(num_ranks: int, num_microbatches: int, num_chunks: int) -> Sched
     return _schedule("interleaved", placement, num_microbatches, warmup, group_size=num_ranks)
 
 
+def forward_only(placement: Placement, num_microbatches: int) -> Schedule:
+    """Forward passes of any number of micro-batches, in the order of `interleaved`: no rank idles between two."""
+    _check_sizes(placement.num_ranks, num_microbatches, placement.num_chunks)
+    ranks = tuple(
+        tuple(_visits(ActionKind.F, placement.stages_of(rank), num_microbatches, group_size=placement.num_ranks))
+        for rank in range(placement.num_ranks)
+    )
+    return Schedule("forward only", placement, num_microbatches, ranks, has_backward=False)
+
+
+def forward_only(placement: Placement, num_microbatches: int) -> Schedule:
+    """Evaluation: every micro-batch passes every stage once, and nothing is kept."""
+    ranks = (
+        tuple(_visits(ActionKind.F, placement.stages_of(rank), num_microbatches, num_microbatches))
+        for rank in range(placement.num_ranks)
+    )
+    return Schedule("forward_only", placement, num_microbatches, tuple(ranks))
+
+
 def _schedule(
     name: str, placement: Placement, num_microbatches: int, warmup: Sequence[int], *, group_size: int
 ) -> Schedule:
@@ -88,12 +107,12 @@ def _schedule(
 
 
 def _visits(kind: ActionKind, stages: Sequence[int], num_microbatches: int, group_size: int) -> list[Action]:
-    """A group of micro-batches passes all `stages` before the next group begins."""
+    """A group of micro-batches passes all `stages` before the next group begins; the last one may be smaller."""
     return [
         Action(kind, stage, microbatch)
         for start in range(0, num_microbatches, group_size)
         for stage in stages
-        for microbatch in range(start, start + group_size)
+        for microbatch in range(start, min(start + group_size, num_microbatches))
     ]
 
 

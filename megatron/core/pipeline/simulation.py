@@ -95,7 +95,7 @@ def simulate(schedule: Schedule, costs: Costs | None = None) -> Timeline:
         spans=tuple(map(tuple, spans)),
         makespan=makespan,
         bubble=(makespan * len(spans) - busy) / len(spans),
-        peak_live=tuple(_peak_chunks(actions) / schedule.placement.num_chunks for actions in schedule.ranks),
+        peak_live=tuple(_peak_chunks(schedule, actions) / schedule.placement.num_chunks for actions in schedule.ranks),
     )
 
 
@@ -140,7 +140,9 @@ def _advance(
     return len(rank_spans) > before
 
 
-def _peak_chunks(actions: Sequence[Action]) -> int:
+def _peak_chunks(schedule: Schedule, actions: Sequence[Action]) -> int:
+    if not schedule.has_backward:
+        return 1  # nothing is kept once a forward pass ends
     live = peak = 0
     for action in actions:
         if action.kind is ActionKind.F:

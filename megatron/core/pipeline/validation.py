@@ -10,64 +10,67 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from megatron.core.pipeline.actions import Action, ActionKind, Placement, Schedule, ScheduleError, Value
+from megatron.core.pipeline.actions import Action, ActionKind, Schedule, ScheduleError, Value
 from megatron.core.pipeline.lowering import Program, lower
 
 
 def validate(schedule: Schedule) -> None:
-    """Raise ScheduleError unless each stage runs each micro-batch forward and backward once, on its rank,
-    after its inputs, and the lowered program passes `validate_program`."""
+    """Raise ScheduleError unless each stage runs each micro-batch forward and (but for evaluation) backward
+    once, on its rank, after its inputs, and the lowered program passes `validate_program`."""
     for pipeline_rank, actions in enumerate(schedule.ranks):
         for position, action in enumerate(actions):
             if action.kind.is_communication:
                 raise ScheduleError(pipeline_rank, position, action, "only a lowered program has communication")
-    _check_complete(schedule.placement, schedule.num_microbatches, schedule.ranks)
+    _check_complete(schedule, schedule.ranks)
     validate_program(lower(schedule))
 
 
 def validate_program(program: Program) -> None:
     """Raise ScheduleError unless the program is complete, no value is used before it is there, messages
     match in order, and blocking sends cannot deadlock."""
-    _check_complete(program.placement, program.schedule.num_microbatches, program.ranks)
+    _check_complete(program.schedule, program.ranks)
     _check_peers(program)
     _execute_symbolically(program)
 
 
-def _check_complete(placement: Placement, num_microbatches: int, ranks: Sequence[Sequence[Action]]) -> None:
+def _check_complete(schedule: Schedule, ranks: Sequence[Sequence[Action]]) -> None:
+    """`ranks` are the schedule's own, or those of its program."""
     for pipeline_rank, actions in enumerate(ranks):
-        stages = placement.stages_of(pipeline_rank)
+        stages = schedule.placement.stages_of(pipeline_rank)
         seen: set[Action] = set()
         for position, action in enumerate(actions):
             if action.stage not in stages:
                 raise ScheduleError(pipeline_rank, position, action, f"this rank holds stages {stages} only")
-            if not 0 <= action.microbatch < num_microbatches:
-                raise ScheduleError(pipeline_rank, position, action, f"there are {num_microbatches} micro-batches")
+            if not 0 <= action.microbatch < schedule.num_microbatches:
+                reason = f"there are {schedule.num_microbatches} micro-batches"
+                raise ScheduleError(pipeline_rank, position, action, reason)
             if action in seen:
                 raise ScheduleError(pipeline_rank, position, action, "occurs twice")
             seen.add(action)
         for stage in stages:
-            for microbatch in range(num_microbatches):
-                _check_once_forward_and_backward(pipeline_rank, stage, microbatch, seen, end=len(actions))
+            for microbatch in range(schedule.num_microbatches):
+                fault = _fault(stage, microbatch, seen, has_backward=schedule.has_backward)
+                if fault is not None:
+                    raise ScheduleError(pipeline_rank, len(actions), *fault)
 
 
-def _check_once_forward_and_backward(
-    pipeline_rank: int, stage: int, microbatch: int, seen: set[Action], *, end: int
-) -> None:
+def _fault(stage: int, microbatch: int, seen: set[Action], *, has_backward: bool) -> tuple[Action, str] | None:
+    """What is wrong with the set of computations of one stage for one micro-batch, if anything."""
     forward, full, input_half, weight_half = (
         Action(kind, stage, microbatch) for kind in (ActionKind.F, ActionKind.B, ActionKind.I, ActionKind.W)
     )
+    done = [action for action in (full, input_half, weight_half) if action in seen]
     if forward not in seen:
-        raise ScheduleError(pipeline_rank, end, forward, "is missing")
-    if full in seen:
-        for half in (input_half, weight_half):
-            if half in seen:
-                raise ScheduleError(pipeline_rank, end, half, f"repeats a part of {full}")
-    elif input_half not in seen and weight_half not in seen:
-        raise ScheduleError(pipeline_rank, end, full, "is missing")
-    else:
-        for half in (input_half, weight_half):
-            if half not in seen:
-                raise ScheduleError(pipeline_rank, end, half, "is missing")
+        return forward, "is missing"
+    if not has_backward:
+        return (done[0], "is a backward pass in a forward-only schedule") if done else None
+    if full in done:
+        return (done[1], f"repeats a part of {full}") if len(done) > 1 else None
+    if not done:
+        return full, "is missing"
+    if len(done) == 1:
+        return (weight_half if done == [input_half] else input_half), "is missing"
+    return None
 
 
 def _check_peers(program: Program) -> None:
@@ -108,7 +111,7 @@ def _run_until_blocked(pipeline_rank: int, program: Program, positions: list[int
         action = program.ranks[pipeline_rank][position]
         if action.kind.is_receive:
             break  # the sender completes it
-        needed = _value_sent(action) if action.kind.is_send else action.requires(program.placement.num_stages)
+        needed = action.carries if action.kind.is_send else action.requires(program.placement.num_stages)
         if needed is not None and needed not in held[pipeline_rank]:
             raise ScheduleError(pipeline_rank, position, action, f"{needed} is not there yet")
         if action.kind.is_send:
@@ -118,7 +121,7 @@ def _run_until_blocked(pipeline_rank: int, program: Program, positions: list[int
                 break
             if receive != action.counterpart:
                 raise ScheduleError(pipeline_rank, position, action, f"rank {peer} would take it for its {receive}")
-            held[peer].add(_value_sent(action))
+            held[peer].add(action.carries)
             positions[peer] += 1
         elif (produced := action.produces) is not None:
             held[pipeline_rank].add(produced)
@@ -129,7 +132,3 @@ def _run_until_blocked(pipeline_rank: int, program: Program, positions: list[int
 def _current(program: Program, positions: Sequence[int], pipeline_rank: int) -> Action | None:
     actions, position = program.ranks[pipeline_rank], positions[pipeline_rank]
     return actions[position] if position < len(actions) else None
-
-
-def _value_sent(send: Action) -> Value:
-    return Value(send.kind is ActionKind.SEND_B, send.stage, send.microbatch)

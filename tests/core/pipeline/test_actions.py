@@ -38,6 +38,13 @@ def test_the_counterpart_of_the_counterpart_is_the_action_itself(action):
     assert abs(other.stage - action.stage) == 1 and other.microbatch == action.microbatch
 
 
+@given(actions.filter(lambda action: action.kind.is_communication))
+def test_both_ends_of_a_message_carry_the_value_of_the_sending_stage(action):
+    send = action if action.kind.is_send else action.counterpart
+    assert action.carries == action.counterpart.carries
+    assert action.carries == (send.kind == "SEND_B", send.stage, send.microbatch)
+
+
 @given(actions.filter(lambda action: not action.kind.is_communication))
 def test_a_computation_has_no_counterpart(action):
     with pytest.raises(ValueError, match="is a computation"):

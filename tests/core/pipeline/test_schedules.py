@@ -12,7 +12,9 @@ import pytest
 from megatron.core.pipeline import (
     SCHEDULE_NAMES,
     Costs,
+    Placement,
     build_schedule,
+    forward_only,
     gpipe,
     interleaved,
     one_f_one_b,
@@ -66,6 +68,18 @@ def test_interleaving_one_chunk_is_1f1b_for_any_number_of_microbatches():
     for p in range(1, 9):
         for m in range(1, 20):
             assert interleaved(p, m, 1) == one_f_one_b(p, m)
+
+
+@all_pipeline_sizes
+def test_evaluation_takes_any_number_of_microbatches_and_cannot_deadlock(p):
+    for v in (1, 2, 3):
+        for m in (1, 2, 5, 8, 13):
+            schedule = forward_only(Placement.loop(p, v), m)
+            validate(schedule)
+            timeline = simulate(schedule)
+            assert timeline.peak_live == (1 / v,) * p
+            if m % p == 0:  # only filling and draining the pipeline costs: m v forwards of 1 on each rank
+                assert timeline.bubble == p - 1
 
 
 def test_every_schedule_runs_the_microbatches_of_a_stage_in_order_so_that_gradients_are_summed_alike():

@@ -15,6 +15,7 @@ from megatron.core.pipeline import (
     Program,
     Schedule,
     ScheduleError,
+    forward_only,
     gpipe,
     interleaved,
     lower,
@@ -190,6 +191,16 @@ def test_messages_that_the_peer_receives_in_another_order_are_rejected():
     schedule = schedule_of(*rows, num_microbatches=2)
     with pytest.raises(ScheduleError, match="rank 0, position 2, 0SEND_F0: rank 1 would take it for its 1RECV_F1"):
         validate_program(Program(schedule, schedule.ranks))
+
+
+def test_a_forward_only_schedule_has_every_forward_and_no_backward():
+    evaluation = forward_only(Placement.loop(2), 1)
+    with pytest.raises(ScheduleError, match="rank 0, position 1, 0F1: is missing"):
+        validate(replace(evaluation, num_microbatches=2))
+    with pytest.raises(ScheduleError, match="rank 1, position 2, 1B0: is a backward pass in a forward-only schedule"):
+        validate(replace(evaluation, ranks=schedule_of("0F0", "1F0 1B0").ranks))
+    with pytest.raises(ScheduleError, match="rank 0, position 1, 0B0: is missing"):
+        validate(replace(evaluation, has_backward=True))
 
 
 def test_the_error_carries_the_place_as_data():
