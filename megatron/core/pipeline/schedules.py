@@ -75,22 +75,13 @@ def interleaved(num_ranks: int, num_microbatches: int, num_chunks: int) -> Sched
 
 
 def forward_only(placement: Placement, num_microbatches: int) -> Schedule:
-    """Forward passes of any number of micro-batches, in the order of `interleaved`: no rank idles between two."""
+    """Evaluation: forward passes of any number of micro-batches, in the order of `interleaved`, nothing kept."""
     _check_sizes(placement.num_ranks, num_microbatches, placement.num_chunks)
     ranks = tuple(
         tuple(_visits(ActionKind.F, placement.stages_of(rank), num_microbatches, group_size=placement.num_ranks))
         for rank in range(placement.num_ranks)
     )
-    return Schedule("forward only", placement, num_microbatches, ranks, has_backward=False)
-
-
-def forward_only(placement: Placement, num_microbatches: int) -> Schedule:
-    """Evaluation: every micro-batch passes every stage once, and nothing is kept."""
-    ranks = (
-        tuple(_visits(ActionKind.F, placement.stages_of(rank), num_microbatches, num_microbatches))
-        for rank in range(placement.num_ranks)
-    )
-    return Schedule("forward_only", placement, num_microbatches, tuple(ranks))
+    return Schedule("forward_only", placement, num_microbatches, ranks, has_backward=False)
 
 
 def _schedule(
