@@ -199,3 +199,16 @@ def test_an_entry_that_does_not_survive_writing_is_an_error(tmp_path: Path, monk
     monkeypatch.setattr("megatron.data.index_cache._checksum", lambda path: os.urandom(4).hex())
     with pytest.raises(DataError, match="damaged directly after it was written; check the disk"):
         cached_arrays(tmp_path, "gpt", KEY, build)
+
+
+def test_a_finished_entry_is_read_where_nothing_can_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    cached_arrays(tmp_path, "gpt", KEY, build)
+
+    def read_only(*_: object, **__: object) -> None:
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr("megatron.data.index_cache.exclusive", read_only)
+    monkeypatch.setattr(Path, "mkdir", read_only)
+    assert_built(cached_arrays(tmp_path, "gpt", KEY, must_not_build))
+    with pytest.raises(DataError, match=r"cannot be written \(Read-only file system\)"):
+        cached_arrays(tmp_path, "gpt", {**KEY, "seed": 2}, build)
