@@ -1,0 +1,81 @@
+"""Which data a run reads, and in pieces of which length."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from megatron.errors import ConfigError
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """One source cut by `split`, or one source each for training, validation and test.
+
+    A source is the prefix of a .bin/.idx pair, or a .jsonl or .txt file that is tokenized once into a cache.
+    """
+
+    data_path: tuple[str, ...] = field(
+        default=(),
+        metadata={"metavar": "PATH", "help": "prefix of a .bin/.idx pair, or a .jsonl or .txt file, cut by --split"},
+    )
+    train_data_path: tuple[str, ...] = field(
+        default=(), metadata={"metavar": "PATH", "help": "training data of its own; not with data_path"}
+    )
+    valid_data_path: tuple[str, ...] = field(
+        default=(), metadata={"metavar": "PATH", "help": "validation data of its own"}
+    )
+    test_data_path: tuple[str, ...] = field(default=(), metadata={"metavar": "PATH", "help": "test data of its own"})
+    split: str = field(
+        default="969,30,1", metadata={"help": "shares of --data_path's documents for training, validation and test"}
+    )
+    seq_length: int = field(
+        default=None,  # type: ignore[assignment]
+        metadata={
+            "help": "tokens of one sample; default: the checkpoint's with --use_checkpoint_args, else "
+            "max_position_embeddings"
+        },
+    )
+    data_cache_path: str | None = field(
+        default=None,
+        metadata={"metavar": "PATH", "help": "folder for tokenized files and sample indices; default: beside the data"},
+    )
+    num_workers: int = field(default=2, metadata={"help": "threads that read ahead; 0: read when needed"})
+
+    def __post_init__(self) -> None:
+        """Raises ConfigError for sources that contradict each other and for values that no run can use."""
+        self._check_sources()
+        if self.seq_length is not None and self.seq_length < 1:
+            raise ConfigError(f"--seq_length {self.seq_length} holds no token; use 1 or more.")
+        if self.num_workers < 0:
+            raise ConfigError(f"--num_workers {self.num_workers} is negative; use 0 to read when needed.")
+
+    @property
+    def has_own_sources(self) -> bool:
+        """Whether training, validation and test each have a source, instead of shares of one."""
+        return bool(self.train_data_path or self.valid_data_path or self.test_data_path)
+
+    def _check_sources(self) -> None:
+        own = {
+            "--train_data_path": self.train_data_path,
+            "--valid_data_path": self.valid_data_path,
+            "--test_data_path": self.test_data_path,
+        }
+        for flag, paths in {"--data_path": self.data_path, **own}.items():
+            if len(paths) > 1:
+                raise ConfigError(
+                    f"{flag} {' '.join(paths)} names {len(paths)} values, and several or weighted datasets cannot be "
+                    "blended yet; join them with tools/merge_datasets.py and give the one prefix it writes."
+                )
+        if not self.has_own_sources:
+            return
+        if self.data_path:
+            given = next(flag for flag, paths in own.items() if paths)
+            raise ConfigError(
+                f"--data_path {self.data_path[0]} is cut into training, validation and test by --split, so {given} "
+                "cannot be given with it; use --data_path alone, or --train_data_path, --valid_data_path and "
+                "--test_data_path."
+            )
+        if not self.train_data_path:
+            raise ConfigError(
+                "--train_data_path is missing, and validation and test data have been given their own paths; add it."
+            )
