@@ -98,15 +98,14 @@ class CheckpointConfig:
 
     def __post_init__(self) -> None:
         """Raises ConfigError for an option without the folder it is about."""
-        for flag, value, needed in (
-            ("--save_interval", self.save_interval, "--save"),
-            ("--load_iters", self.load_iters, "--load"),
+        for flag, value, least, folder_flag, folder in (
+            ("--save_interval", self.save_interval, 1, "--save", self.save),
+            ("--load_iters", self.load_iters, 0, "--load", self.load),
         ):
-            folder = self.save if needed == "--save" else self.load
-            if value is not None and value < (1 if needed == "--save" else 0):
-                raise ConfigError(f"{flag} {value} is not an iteration; use 1 or more.")
+            if value is not None and value < least:
+                raise ConfigError(f"{flag} {value} is too small; use {least} or more.")
             if value is not None and folder is None:
-                raise ConfigError(f"{flag} {value} has no folder; give {needed} PATH, or drop {flag}.")
+                raise ConfigError(f"{flag} {value} has no folder; give {folder_flag} PATH, or drop {flag}.")
         for flag, is_on in (("--use_checkpoint_args", self.use_checkpoint_args), ("--finetune", self.finetune)):
             if is_on and self.load is None:
                 raise ConfigError(f"{flag} has no checkpoint to read; give --load PATH, or drop {flag}.")
