@@ -52,14 +52,16 @@ def test_optimizer_values_that_no_run_can_use(values, expected):
         (
             {"data_path": ("0.5", "a", "0.5", "b")},
             (
-                "--data_path 0.5 a 0.5 b names 4 values, and several or weighted datasets cannot be blended yet; join them "
+                "--data_path 0.5 a 0.5 b names 4 values, and several or weighted datasets cannot be blended "
+                "yet; join them "
                 "with tools/merge_datasets.py and give the one prefix it writes."
             ),
         ),
         (
             {"data_path": ("a",), "valid_data_path": ("b",)},
             (
-                "--data_path a is cut into training, validation and test by --split, so --valid_data_path cannot be given "
+                "--data_path a is cut into training, validation and test by --split, so --valid_data_path "
+                "cannot be given "
                 "with it; use --data_path alone, or --train_data_path, --valid_data_path and --test_data_path."
             ),
         ),

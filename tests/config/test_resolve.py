@@ -213,7 +213,8 @@ BAD_RUNS = [
         9,
         {"pipeline_model_parallel_size": 9},
         (
-            "--num_layers 8 cannot fill 9 pipeline stages with a layer each; lower --pipeline_model_parallel_size to at "
+            "--num_layers 8 cannot fill 9 pipeline stages with a layer each; lower "
+            "--pipeline_model_parallel_size to at "
             "most 8."
         ),
     ),
@@ -239,7 +240,8 @@ BAD_RUNS = [
         1,
         {"seq_length": 129},
         (
-            "--seq_length 129 is longer than --max_position_embeddings 128, for which the model is made; shorten it, or "
+            "--seq_length 129 is longer than --max_position_embeddings 128, for which the model is made; "
+            "shorten it, or "
             "raise the latter (with --rope_scaling_factor, for rotary positions)."
         ),
     ),
@@ -316,7 +318,8 @@ BAD_RUNS = [
         1,
         {"data_path": False},
         (
-            "--data_path is missing, and there is nothing to train on; give the prefix of a .bin/.idx pair, or a .jsonl or "
+            "--data_path is missing, and there is nothing to train on; give the prefix of a .bin/.idx pair, or "
+            "a .jsonl or "
             ".txt file."
         ),
     ),
@@ -382,7 +385,8 @@ BAD_RUNS = [
         1,
         {"lr_warmup_iters": 100},
         (
-            "--lr_warmup_iters 100 leaves none of the 100 iterations (--lr_decay_iters, by default --train_iters) to decay "
+            "--lr_warmup_iters 100 leaves none of the 100 iterations (--lr_decay_iters, by default "
+            "--train_iters) to decay "
             "over; shorten the warm-up."
         ),
     ),
@@ -427,7 +431,8 @@ def test_a_vocabulary_smaller_than_the_tokenizer_s_is_refused(tmp_path):
         (
             {"num_layers": 7, "glu_activation": "geglu"},
             (
-                "--num_layers 7 (checkpoint: 6), --glu_activation geglu (checkpoint: swiglu): typed values differ from the "
+                "--num_layers 7 (checkpoint: 6), --glu_activation geglu (checkpoint: swiglu): typed values "
+                "differ from the "
                 "checkpoint that --use_checkpoint_args takes them from; leave them out."
             ),
         ),
