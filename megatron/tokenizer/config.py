@@ -1,0 +1,74 @@
+"""Which tokenizer a command uses: the flags of every entry point that reads or writes text."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from megatron.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class TokenizerConfig:
+    """The files and additions that define a tokenizer; `build_tokenizer` loads it.
+
+    Entries of `vocab_extra_ids_list` are cut at commas, so that the single string of a command line and a
+    list from a file mean the same.
+    """
+
+    # A plain string: the types that other programs know get an answer that names what to use here.
+    tokenizer_type: str | None = field(
+        default=None,
+        metadata={
+            "help": "SentencePieceTokenizer, HuggingFaceTokenizer or NullTokenizer (data that is tokenized already); "
+            "default: by the kind of file given"
+        },
+    )
+    tokenizer_model: str | None = field(
+        default=None,
+        metadata={"help": "SentencePiece tokenizer.model, or a Hugging Face folder or tokenizer.json"},
+    )
+    vocab_file: str | None = field(default=None, metadata={"help": "another name for --tokenizer_model"})
+    merge_file: str | None = field(default=None, metadata={"help": "not used: see --tokenizer_model"})
+    vocab_extra_ids: int = field(
+        default=0, metadata={"help": "number of tokens <extra_id_0>, <extra_id_1>, ... to add"}
+    )
+    vocab_extra_ids_list: tuple[str, ...] = field(
+        default=(), metadata={"help": 'comma-separated tokens to add, which text may contain: "[formula],[/formula]"'}
+    )
+    no_new_tokens: bool = field(
+        default=False,
+        metadata={"help": "SentencePiece: add none of <CLS>, <SEP>, <EOD>, <MASK>, <PAD>; documents end with eos"},
+    )
+    vocab_size: int | None = field(default=None, metadata={"help": "NullTokenizer: its number of ids"})
+    parse_special: bool = field(
+        default=False,
+        metadata={"help": "turn special tokens that text spells out (</s>, <CLS>, ...) into their ids; default: text"},
+    )
+
+    def __post_init__(self) -> None:
+        tokens = tuple(token for entry in self.vocab_extra_ids_list for token in entry.split(","))
+        object.__setattr__(self, "vocab_extra_ids_list", tokens)
+        if any(not token.strip() for token in tokens):
+            raise ConfigError(
+                f"--vocab_extra_ids_list {','.join(tokens)!r} has an empty token; separate tokens by one comma."
+            )
+        repeated = sorted({token for token in tokens if tokens.count(token) > 1})
+        if repeated:
+            raise ConfigError(f"--vocab_extra_ids_list names {repeated[0]!r} more than once; name every token once.")
+        if self.vocab_extra_ids < 0:
+            raise ConfigError(f"--vocab_extra_ids {self.vocab_extra_ids} is negative; it is a number of tokens to add.")
+        if self.merge_file is not None:
+            raise ConfigError(
+                f"--merge_file {self.merge_file} is not used; give the folder with its tokenizer.json to "
+                "--tokenizer_model, with --tokenizer_type HuggingFaceTokenizer."
+            )
+        if self.tokenizer_model and self.vocab_file and self.tokenizer_model != self.vocab_file:
+            raise ConfigError(
+                f"--tokenizer_model {self.tokenizer_model} and --vocab_file {self.vocab_file} differ, and both name "
+                "the tokenizer; give one of them."
+            )
+
+    @property
+    def path(self) -> str | None:
+        """The tokenizer's file or folder, under whichever of its two flags it was given."""
+        return self.tokenizer_model or self.vocab_file

@@ -1,0 +1,103 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from megatron.data.documents import check_inputs, parse_chunk, read_chunks, read_texts
+from megatron.errors import DataError
+
+
+def _write(path: Path, content: bytes | str) -> Path:
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return path
+
+
+def _texts(path: Path, key: str = "text") -> list[str]:
+    return list(read_texts([path], key))
+
+
+def test_every_json_line_is_a_document_and_blank_lines_are_none(tmp_path):
+    file = _write(tmp_path / "a.jsonl", '{"text": "one\\ntwo"}\r\n\n  \n{"text": "", "n": 1}\n{"text": "é"}')
+    assert _texts(file) == ["one\ntwo", "", "é"]
+
+
+def test_a_byte_order_mark_is_no_text(tmp_path):
+    assert _texts(_write(tmp_path / "a.jsonl", b'\xef\xbb\xbf{"text": "a"}')) == ["a"]
+    assert _texts(_write(tmp_path / "a.txt", b"\xef\xbb\xbfa")) == ["a"]
+
+
+def test_plain_text_without_two_blank_lines_is_one_document(tmp_path):
+    assert _texts(_write(tmp_path / "a.txt", "one\n\ntwo\r\nthree\n")) == ["one\n\ntwo\nthree"]
+
+
+def test_plain_text_is_cut_at_two_or_more_blank_lines(tmp_path):
+    file = _write(tmp_path / "a.txt", "\n\n\nChapter 1\n\none\n\n \nChapter 2\r\n\r\n\r\n\r\n\r\nChapter 3\n\n\n")
+    assert _texts(file) == ["Chapter 1\n\none", "Chapter 2", "Chapter 3"]
+
+
+def test_a_chunk_ends_at_the_number_of_documents_or_of_bytes(tmp_path):
+    line = b'{"text": "a"}\n'
+    first, second = _write(tmp_path / "a.jsonl", 5 * line), _write(tmp_path / "b.jsonl", line)
+    by_documents = list(read_chunks([first, second], max_documents=2, max_bytes=1000))
+    assert [len(chunk.records) for chunk in by_documents] == [2, 2, 1, 1]
+    by_bytes = list(read_chunks([first, second], max_documents=99, max_bytes=3 * len(line)))
+    assert [(chunk.path, chunk.num_bytes) for chunk in by_bytes] == [
+        (first, 3 * len(line)),
+        (first, 2 * len(line)),
+        (second, len(line)),
+    ]
+
+
+@given(st.lists(st.sampled_from(["a\n", "\n", " \n", "b\r\n", "\r\n", "c"])).map("".join), st.integers(1, 3))
+def test_chunks_cover_every_byte_and_number_every_line(tmp_path_factory, content, max_documents):
+    for suffix in (".txt", ".jsonl"):
+        file = _write(tmp_path_factory.mktemp("chunks") / f"a{suffix}", content)
+        chunks = list(read_chunks([file], max_documents=max_documents, max_bytes=4))
+        assert sum(chunk.num_bytes for chunk in chunks) == check_inputs([file])
+        lines = content.encode().splitlines(keepends=True)
+        for line, raw in (record for chunk in chunks for record in chunk.records):
+            assert "".join(part.decode() for part in lines[line - 1 :]).encode().startswith(raw)
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('{"text": "a"', r"a\.jsonl:2: not JSON \(.*\); every line must be one JSON object"),
+        ("[" * 100_000, r"a\.jsonl:2: not "),
+        ('["a"]', r"a\.jsonl:2: a list, not a JSON object"),
+        ('{"body": "a", "id": 1}', r"a\.jsonl:2: no key 'text', the object has 'body', 'id'; .*--json_keys"),
+        ("{}", r"a\.jsonl:2: no key 'text', the object has none"),
+        ('{"text": 5}', r"a\.jsonl:2: 'text' holds a int, not a string"),
+        ('{"text": "a \\ud800 b"}', r"a\.jsonl:2: 'text' holds half a surrogate pair \('\\ud800'\)"),
+        (b'{"text": "caf\xe9"}', r"a\.jsonl:2: byte 0xe9 is not UTF-8; .*iconv"),
+    ],
+)
+def test_a_bad_line_is_named_by_file_and_number(tmp_path, line, message):
+    line = line if isinstance(line, bytes) else line.encode()
+    file = _write(tmp_path / "a.jsonl", b'{"text": "good"}\n' + line + b"\n")
+    with pytest.raises(DataError, match=message):
+        _texts(file)
+
+
+def test_a_bad_byte_of_plain_text_is_named_by_its_own_line(tmp_path):
+    file = _write(tmp_path / "a.txt", b"one\n\n\ntwo\n\nthree \xff\n")
+    with pytest.raises(DataError, match=r"a\.txt:6: byte 0xff is not UTF-8"):
+        _texts(file)
+
+
+def test_several_keys_are_read_in_the_order_asked_for(tmp_path):
+    file = _write(tmp_path / "a.jsonl", '{"a": "1", "b": "2", "c": "3"}')
+    (chunk,) = read_chunks([file], max_documents=9, max_bytes=99)
+    assert parse_chunk(chunk, ("c", "a")) == [("3", "1")]
+
+
+def test_inputs_that_are_no_text_files_are_refused(tmp_path):
+    with pytest.raises(DataError, match=r"cannot read .*none\.jsonl: No such file.*; check --input"):
+        check_inputs([tmp_path / "none.jsonl"])
+    with pytest.raises(DataError, match=r"is a folder; name the files in it, for example .*\*\.jsonl"):
+        check_inputs([tmp_path])
+    with pytest.raises(DataError, match=r"a\.jsonl\.gz is not a text file by its name \(\.gz\); unpack it"):
+        check_inputs([_write(tmp_path / "a.jsonl.gz", "")])
