@@ -86,14 +86,14 @@ class ShardSpec:
     """Blocks stacked along `dim`, each cut there over the tensor axis; `dim` None means every rank holds all of it.
 
     `gradient` is "partial" where each tensor rank sees only its part of the sequence, so that the
-    gradients of a parameter held by all ranks must be summed over them. `is_owner` is False for the
-    head's copy of tied embeddings on another pipeline stage.
+    gradients of a parameter held by all ranks must be summed over them. `tied` marks a parameter that
+    two pipeline stages hold: its owner, and the other stage's copy.
     """
 
     blocks: tuple[Block, ...]
     dim: int | None = None
     gradient: Literal["complete", "partial"] = "complete"
-    is_owner: bool = True
+    tied: Literal["owner", "copy"] | None = None
 
     def local_shape(self, tp_size: int) -> tuple[int, ...]:
         """Shape of the stored parameter on each tensor rank (alike on all)."""
@@ -150,7 +150,9 @@ class ShardSpec:
     def _region(
         self, block: Block, start: tuple[int, ...], size: tuple[int, ...], local_start: tuple[int, ...], copy: int
     ) -> Region:
-        return Region(block.name, block.global_shape, start, size, local_start, copy if self.is_owner else copy + 1)
+        return Region(
+            block.name, block.global_shape, start, size, local_start, copy + 1 if self.tied == "copy" else copy
+        )
 
 
 def fill(local: Tensor, regions: list[Region], read: Callable[[Region], Tensor]) -> None:

@@ -33,3 +33,8 @@ def _matmul_parameters_of_layer(config: ModelConfig) -> int:
     h, d, f = config.hidden_size, config.kv_channels, config.ffn_hidden_size
     attention = h * d * (2 * config.num_attention_heads + 2 * config.num_attention_heads_kv)
     return attention + h * f * (3 if config.glu_activation else 2)
+
+
+def head_cost_in_layers(config: ModelConfig) -> float:
+    """What the output projection costs, in units of one transformer layer's matmuls."""
+    return config.vocab_size * config.hidden_size / _matmul_parameters_of_layer(config)

@@ -5,7 +5,7 @@ Legend: s sequence, b micro-batch, h hidden, v padded vocabulary, tp tensor rank
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -56,6 +56,8 @@ class Stage(nn.Module):
         # On one tensor rank the sequence is whole, and sequence parallelism the identity.
         sequence_parallel = options.sequence_parallel and axis.size > 1
         self.embedding = Embedding(config, axis, sequence_parallel, options.padded_vocab_size) if is_first else None
+        if self.embedding is not None and config.tie_embed_logits and not is_last:
+            self.embedding.word.specs["weight"] = replace(self.embedding.word.specs["weight"], tied="owner")
         self.layers = nn.ModuleList(
             TransformerLayer(
                 config,
@@ -155,7 +157,7 @@ class Head(nn.Module):
             self.projection.weight = embedding.word.weight
         elif config.tie_embed_logits:
             spec = self.projection.specs["weight"]
-            self.projection.specs["weight"] = ShardSpec(spec.blocks, spec.dim, is_owner=False)
+            self.projection.specs["weight"] = replace(spec, tied="copy")
 
     def forward(self, x: Tensor) -> Tensor:
         return self.projection(self.norm(x))

@@ -1,0 +1,115 @@
+"""Micro-batches through the pipeline: what one forward action does, and whole training and evaluation passes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from megatron.core.pipeline.executor import PipelineExecutor
+from megatron.core.pipeline.lowering import lower
+from megatron.core.pipeline.p2p import Wire
+from megatron.core.pipeline.schedules import ScheduleName, build_schedule, forward_only
+from megatron.core.random import DropoutStreams
+from megatron.core.tensor_parallel import vocab_parallel_cross_entropy
+from megatron.core.topology import Topology
+from megatron.data.loader import Batch
+from megatron.model.stage import Stage
+from megatron.training.build import PipelineParts
+
+
+@dataclass
+class LossSums:
+    """Summed over this rank's micro-batches, in float64; zero on ranks that do not hold the last stage."""
+
+    loss: Tensor
+    valid_tokens: Tensor
+
+    @classmethod
+    def zero(cls, device: torch.device) -> LossSums:
+        return cls(*(torch.zeros((), dtype=torch.float64, device=device) for _ in range(2)))
+
+
+class MicrobatchForward:
+    """What the executor calls for each forward action: the micro-batches of one step, and their loss sums."""
+
+    def __init__(
+        self,
+        stages: Mapping[int, Stage],
+        topology: Topology,
+        batches: Sequence[Batch],
+        streams: Sequence[DropoutStreams] | None,
+    ):
+        self.stages, self.topology, self.batches, self.streams = stages, topology, batches, streams
+        self.sums = LossSums.zero(topology.device)
+
+    def __call__(self, number: int, x: Tensor | None, microbatch: int) -> Tensor:
+        """The stage's output, or the sum of the losses that count on the last stage."""
+        batch, stage = self.batches[microbatch], self.stages[number]
+        streams = None if self.streams is None else self.streams[microbatch]
+        stage_input = batch.tokens if x is None else x
+        output = stage(stage_input, batch.tokens.shape[1], batch.position_ids, streams)
+        if not stage.is_last:
+            return output
+        labels, mask = batch.labels.t(), batch.loss_mask.t()
+        losses = vocab_parallel_cross_entropy(output, labels, self.topology.tp, vocab_size=stage.config.vocab_size)
+        # A label that does not count may have any loss, so it is left out, not multiplied by zero.
+        loss = torch.where(mask > 0, losses * mask, 0.0).sum()
+        self.sums.loss += loss.detach()
+        self.sums.valid_tokens += mask.sum()
+        return loss
+
+
+class Pipeline:
+    """Runs micro-batches through the stages of all ranks, training or evaluating."""
+
+    def __init__(
+        self,
+        parts: PipelineParts,
+        topology: Topology,
+        *,
+        schedule: ScheduleName,
+        compute_dtype: torch.dtype,
+        sequence_parallel: bool,
+    ):
+        self.parts, self.topology, self.schedule, self.compute_dtype = parts, topology, schedule, compute_dtype
+        self.sequence_shards = topology.tp.size if sequence_parallel else 1
+        self._executors: dict[tuple[bool, int], PipelineExecutor] = {}
+
+    def train(self, batches: Sequence[Batch], streams: Sequence[DropoutStreams]) -> LossSums:
+        """Forward and backward over all micro-batches; the gradients are left to `DataParallel.finish_gradients`."""
+        forward = MicrobatchForward(self.parts.stages, self.topology, batches, streams)
+        self._executor(len(batches), training=True).run(forward, self._wire(batches[0]), self._before_backward)
+        return forward.sums
+
+    @torch.no_grad()
+    def evaluate(self, batches: Sequence[Batch]) -> LossSums:
+        """Forward only, without dropout."""
+        forward = MicrobatchForward(self.parts.stages, self.topology, batches, streams=None)
+        self._executor(len(batches), training=False).run(forward, self._wire(batches[0]), self._before_backward)
+        return forward.sums
+
+    def _executor(self, num_microbatches: int, *, training: bool) -> PipelineExecutor:
+        key = (training, num_microbatches)
+        if key not in self._executors:
+            placement = self.parts.placement
+            if training:
+                schedule = build_schedule(
+                    self.schedule, placement.num_ranks, num_microbatches, num_chunks=placement.num_chunks
+                )
+            else:
+                schedule = forward_only(placement, num_microbatches)
+            self._executors[key] = PipelineExecutor(lower(schedule), self.topology.pp.rank)
+        return self._executors[key]
+
+    def _wire(self, batch: Batch) -> Wire:
+        micro_batch_size, seq_length = batch.tokens.shape
+        hidden_size = next(iter(self.parts.stages.values())).config.hidden_size
+        shape = (seq_length // self.sequence_shards, micro_batch_size, hidden_size)
+        return Wire(self.topology.pp, shape, self.compute_dtype, self.topology.device)
+
+    def _before_backward(self, number: int, is_last: bool) -> None:
+        chunk = self.parts.placement.stages_of(self.topology.pp.rank).index(number)
+        self.parts.data_parallel.prepare_backward(chunk, is_last=is_last)

@@ -1,0 +1,81 @@
+"""One optimizer step: micro-batches, gradients finished in one fixed order, clipping, update."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from megatron.core.collectives import all_reduce
+from megatron.core.random import DropoutStreams
+from megatron.core.topology import Topology
+from megatron.data.loader import Batch
+from megatron.errors import TrainingError
+from megatron.optimizer.grad_norm import GradientNorm, clip_factor, scale_gradients
+from megatron.optimizer.optimizers import Optimizer
+from megatron.training.forward import LossSums, Pipeline
+from megatron.training.gradients import sum_shared_gradients
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """Alike on all ranks. `loss` is in nats per valid token, `grad_norm` is the norm before clipping."""
+
+    loss: float
+    grad_norm: float
+    valid_tokens: int
+
+
+class TrainStep:
+    """Runs steps. The loss is divided by the number of valid tokens in the whole global batch, and by nothing else."""
+
+    def __init__(self, pipeline: Pipeline, optimizer: Optimizer, topology: Topology, *, clip_grad: float, seed: int):
+        self.pipeline, self.optimizer, self.topology = pipeline, optimizer, topology
+        self.clip_grad, self.seed = clip_grad, seed
+        self.data_parallel = pipeline.parts.data_parallel
+        self.gradient_norm = GradientNorm(self.data_parallel.shards, topology)
+
+    def run(self, batches: Sequence[Batch], iteration: int, lr: float) -> StepResult:
+        """Trains on this rank's micro-batches of one global batch.
+
+        Raises TrainingError on all ranks, before anything is updated, if the loss or the norm is not finite.
+        """
+        streams = [DropoutStreams(self.seed, iteration, batch.index) for batch in batches]
+        sums = self.pipeline.train(batches, streams)
+        result, factor = self.finish(sums)
+        self._check_finite(result, iteration)
+        scale_gradients(self.data_parallel.shards, factor)
+        self.optimizer.step(lr)
+        self.data_parallel.refresh()
+        self.data_parallel.zero_gradients()
+        return result
+
+    def finish(self, sums: LossSums) -> tuple[StepResult, Tensor]:
+        """Completes the gradients of the summed loss in every shard; returns what to multiply them with as well.
+
+        The factor makes them the gradient of the mean loss, clipped.
+        """
+        self.data_parallel.finish_gradients()
+        sum_shared_gradients(self.data_parallel.shards, self.topology)
+        loss, valid_tokens = mean_loss(sums, self.topology)
+        scale = 1.0 / max(valid_tokens, 1)
+        norm = self.gradient_norm() * scale
+        return StepResult(loss, float(norm), valid_tokens), clip_factor(norm, self.clip_grad) * scale
+
+    def _check_finite(self, result: StepResult, iteration: int) -> None:
+        if not (abs(result.loss) < float("inf") and result.grad_norm < float("inf")):
+            raise TrainingError(
+                f"iteration {iteration}: loss {result.loss}, gradient norm {result.grad_norm}: not finite, so nothing "
+                "was updated; resume from the last checkpoint with a lower --lr or another --seed, or look at the data."
+            )
+
+
+def mean_loss(sums: LossSums, topology: Topology) -> tuple[float, int]:
+    """The loss per valid token over all ranks, and the number of valid tokens. 0.0 when no token counts."""
+    totals = torch.stack((sums.loss, sums.valid_tokens))
+    if not topology.tp.is_first:  # tensor ranks compute the same losses
+        totals.zero_()
+    loss, valid_tokens = all_reduce(totals, topology.world).tolist()
+    return loss / max(valid_tokens, 1.0), int(valid_tokens)
