@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 from megatron.cli import ArgumentParser, run_main
@@ -12,6 +13,8 @@ from megatron.data.progress_bar import ProgressBar
 from megatron.errors import ConfigError
 from megatron.tokenizer import TokenizerConfig, build_tokenizer
 
+NO_SENTENCES = "is not available: documents are kept whole, as generative training wants them; drop it."
+REFUSED: Mapping[str, str] = {name: NO_SENTENCES for name in ("split_sentences", "keep_newlines", "lang")}
 TOKENIZER = Owner("tokenizer", "tokenizer", TokenizerConfig)
 
 
@@ -51,7 +54,7 @@ def main(argv: list[str]) -> None:
 
 
 def _parser() -> ArgumentParser:
-    parser = ArgumentParser(description=__doc__)
+    parser = ArgumentParser(description=__doc__, refused=REFUSED)
     parser.add_argument(
         "--input",
         nargs="+",

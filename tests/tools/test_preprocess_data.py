@@ -82,6 +82,7 @@ def test_data_that_is_tokenized_already_is_written_as_it_is(tmp_path, preprocess
     ("flags", "error", "message"),
     [
         (("--apend_eod",), ConfigError, r"--apend_eod is not a flag of this program; did you mean --append_eod\?"),
+        (("--split-sentences",), ConfigError, "--split-sentences is not available: documents are kept whole"),
         (("--dataset_impl", "lazy"), ConfigError, "--dataset_impl lazy is not written any more; drop the flag"),
         (("--json_keys", "text", "text"), ConfigError, "--json_keys text text names a key twice"),
         (("--log_interval", "0"), ConfigError, "--log_interval 0 is not a number of documents"),
