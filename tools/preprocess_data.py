@@ -14,7 +14,7 @@ from megatron.errors import ConfigError
 from megatron.tokenizer import TokenizerConfig, build_tokenizer
 
 NO_SENTENCES = "is not available: documents are kept whole, as generative training wants them; drop it."
-REFUSED: Mapping[str, str] = {name: NO_SENTENCES for name in ("split_sentences", "keep_newlines", "lang")}
+REFUSED: Mapping[str, str] = dict.fromkeys(("split_sentences", "keep_newlines", "lang"), NO_SENTENCES)
 TOKENIZER = Owner("tokenizer", "tokenizer", TokenizerConfig)
 
 
