@@ -8,6 +8,7 @@ leaves behind is put right by the next save.
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import shutil
@@ -26,6 +27,8 @@ from megatron.errors import CheckpointError
 
 _STAGING_PREFIX = ".tmp-"
 _LOCK_FILE = ".lock"
+# What file systems answer that do not offer locks (Lustre without -o flock, NFS without its lock service).
+_NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
 
 
 def commit(
@@ -62,7 +65,7 @@ def check_save_folder(root: Path) -> None:
         probe.rmdir()
     except OSError as error:
         raise CheckpointError(
-            f"--save {root}: no checkpoint can be written there ({error.strerror}); choose a folder that is writable."
+            f"no checkpoint can be written to {root} ({error.strerror}); choose another folder to save to."
         ) from error
 
 
@@ -85,8 +88,11 @@ def _lock(root: Path, lock: ExitStack) -> None:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
         raise CheckpointError(
-            f"--save {root}: another run is saving a checkpoint there; give each run its own folder."
+            f"another run is saving a checkpoint to {root}; give each run a folder of its own to save to."
         ) from error
+    except OSError as error:
+        if error.errno not in _NO_LOCKS:
+            raise
 
 
 def _clean_up(root: Path) -> None:
@@ -107,8 +113,7 @@ def _clean_up(root: Path) -> None:
 def _write_into(staging: Path, write: Callable[[Path], list[WrittenFile]]) -> list[WrittenFile]:
     if not staging.is_dir():
         raise CheckpointError(
-            f"--save {staging.parent}: this host does not see the folder that rank 0 created in it; "
-            "save to a file system that all hosts share."
+            f"this host does not see {staging}, which rank 0 created; save to a file system that all hosts share."
         )
     return write(staging)
 

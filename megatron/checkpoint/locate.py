@@ -48,7 +48,7 @@ def read_tracker(root: Path) -> int:
 def find_checkpoint(root: Path, iteration: int | None = None) -> Path:
     """The folder of `iteration`, by default of the one the tracker names. Raises CheckpointError if there is none."""
     if not root.is_dir():
-        raise CheckpointError(f"--load {root} is not a folder; give the folder that a run saved to.")
+        raise CheckpointError(f"{root} is not a folder; give one that a run saved to.")
     wanted = read_tracker(root) if iteration is None else iteration
     folder = iteration_folder(root, wanted)
     for candidate in (folder, replaced_folder(folder)):  # the latter alone after a crash between two renames

@@ -59,10 +59,12 @@ def open_source(path: Path, iteration: int | None = None) -> Source:
     Raises CheckpointError that says what was found and what is expected.
     """
     if (path / MANIFEST_FILE).exists():
-        return NativeSource(path)
+        return _open_iteration(path, iteration)
     if (path / TRACKER_FILE).exists() or list_iterations(path):
         return NativeSource(find_checkpoint(path, iteration))
     if (path / "config.json").exists():
+        if iteration is not None:
+            raise CheckpointError(f"--load_iters {iteration}: {path} is a Hugging Face model, which has none; drop it.")
         return HuggingFaceSource(path)
     if not path.is_dir():
         raise CheckpointError(f"{path} is not a folder; {_EXPECTED}.")
@@ -71,6 +73,14 @@ def open_source(path: Path, iteration: int | None = None) -> Source:
     raise CheckpointError(
         f"{path} holds no checkpoint (found: {', '.join(names[:_MAX_LISTED]) or 'nothing'}{more}); {_EXPECTED}."
     )
+
+
+def _open_iteration(folder: Path, iteration: int | None) -> NativeSource:
+    source = NativeSource(folder)
+    stored = source.manifest.info.state.iteration
+    if iteration not in (None, stored):
+        raise CheckpointError(f"--load_iters {iteration}: {folder} is iteration {stored}; give its parent folder.")
+    return source
 
 
 def open_checkpoint(path: Path, world: Axis, iteration: int | None = None) -> Source:

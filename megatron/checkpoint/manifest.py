@@ -14,7 +14,7 @@ import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -26,6 +26,8 @@ from megatron.model.config import ModelConfig, RopeScaling
 
 MANIFEST_FILE = "manifest.json"
 FORMAT_VERSION = 1
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -134,10 +136,10 @@ def _from_json(fields: Mapping[str, Any], path: Path) -> Manifest:
         entries={name: _entry(entry) for name, entry in fields["entries"].items()},
         files={name: _file_record(record) for name, record in fields["files"].items()},
         info=CheckpointInfo(
-            state=RunState(**fields["state"]),
+            state=_build(RunState, fields["state"], path),
             model=_model_config(fields["model"], path),
             model_name=fields["model_name"],
-            tokenizer=None if fields["tokenizer"] is None else TokenizerIdentity(**fields["tokenizer"]),
+            tokenizer=None if fields["tokenizer"] is None else _build(TokenizerIdentity, fields["tokenizer"], path),
         ),
     )
 
@@ -152,11 +154,17 @@ def _file_record(fields: Mapping[str, Any]) -> FileRecord:
 
 
 def _model_config(fields: Mapping[str, Any], path: Path) -> ModelConfig:
-    unknown = sorted(fields.keys() - {field.name for field in dataclasses.fields(ModelConfig)})
+    scaling = fields["rope_scaling"]
+    scaling = None if scaling is None else _build(RopeScaling, scaling, path)
+    return _build(ModelConfig, {**fields, "rope_scaling": scaling}, path)
+
+
+def _build(kind: type[T], fields: Mapping[str, Any], path: Path) -> T:
+    """Fields that are not stored take their defaults; one that is stored and unknown must not be lost silently."""
+    unknown = sorted(fields.keys() - {field.name for field in dataclasses.fields(kind)})  # type: ignore[arg-type]
     if unknown:
         raise CheckpointError(
-            f"{path} describes its model with {', '.join(unknown)}, which this program does not know; "
+            f"{path} gives {', '.join(unknown)} for {kind.__name__}, which this program does not know; "
             "use the program that wrote it."
         )
-    scaling = fields["rope_scaling"]
-    return ModelConfig(**{**fields, "rope_scaling": None if scaling is None else RopeScaling(**scaling)})
+    return kind(**fields)

@@ -8,7 +8,8 @@ Hugging Face folder read through its family's rules. Its *entries* are logical t
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol, TypeAlias
@@ -25,6 +26,8 @@ JSON: TypeAlias = "bool | int | float | str | Sequence[JSON] | Mapping[str, JSON
 MODEL = "model"
 
 _MAX_LISTED = 8
+# Below the size from which allocations get fresh pages from the system every time.
+_CHUNK_BYTES = 16 * 2**20
 
 
 @dataclass(frozen=True)
@@ -109,6 +112,17 @@ class LocalTensor:
 
     def entry(self, region: Region) -> str:
         return f"{self.kind}.{region.name}"
+
+
+def row_chunks(source: Source, name: str, start: Sequence[int], size: Sequence[int]) -> Iterator[Tensor]:
+    """The rectangle ``start, size`` of an entry, some rows at a time."""
+    if not size:
+        yield source.read(name, start, size)
+        return
+    row_bytes = math.prod(size[1:]) * source.dtype(name).itemsize
+    step = max(1, _CHUNK_BYTES // max(1, row_bytes))
+    for row in range(0, size[0], step):
+        yield source.read(name, (start[0] + row, *start[1:]), (min(step, size[0] - row), *size[1:]))
 
 
 def load_tensors(source: Source, tensors: Sequence[LocalTensor], *, narrow: bool = False) -> None:

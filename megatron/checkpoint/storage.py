@@ -1,7 +1,7 @@
 """Files of tensors with a checksum for every block.
 
-Writing knows the layout from shapes alone and takes tensor after tensor, so that its memory is one tensor; the space
-is reserved before the first byte. Reading takes whole blocks, because only a whole block can be verified, and never
+Writing knows the layout from shapes alone and takes chunk after chunk, so that its memory is one chunk; the space is
+reserved before the first byte. Reading takes whole blocks, because only a whole block can be verified, and never
 returns a byte that was not.
 """
 
@@ -34,13 +34,15 @@ _REMEDY = "Restore the file or load another iteration with --load_iters."
 
 @dataclass(frozen=True)
 class OutgoingPiece:
-    """A rectangle of an entry to be written; `read` is called once, when its turn has come."""
+    """A rectangle of an entry to be written. `read` is called once, when its turn has come: it gives the rectangle,
+    or an iterator over consecutive rows of it.
+    """
 
     entry: str
     shape: tuple[int, ...]
     dtype: torch.dtype
     rectangle: Rectangle
-    read: Callable[[], Tensor]
+    read: Callable[[], Tensor | Iterator[Tensor]]
 
     @property
     def key(self) -> str:
@@ -79,8 +81,12 @@ def write_file(path: Path, pieces: Sequence[OutgoingPiece], *, block_bytes: int 
         file.write(header)
         blocks = _BlockWriter(file, block_bytes)
         for piece in ordered:
-            for rows in _row_groups(piece.read(), piece, block_bytes):
-                blocks.write(bytes_of(rows))
+            content = piece.read()
+            for chunk in [content] if isinstance(content, Tensor) else content:
+                assert chunk.dtype == piece.dtype, piece
+                for rows in _row_groups(chunk, block_bytes):
+                    blocks.write(bytes_of(rows))
+        assert blocks.num_bytes == data_end(tensors), "the chunks are not the pieces that were announced"
         file.flush()
         os.fsync(file.fileno())
     record = FileRecord(num_bytes, len(header), zlib.crc32(header), block_bytes, tuple(blocks.checksums))
@@ -201,6 +207,7 @@ class _BlockWriter:
         self._file = file
         self._block_bytes = block_bytes
         self._room = 0
+        self.num_bytes = 0
         self.checksums: list[int] = []
 
     def write(self, content: memoryview) -> None:
@@ -212,11 +219,11 @@ class _BlockWriter:
             self._file.write(part)
             self.checksums[-1] = zlib.crc32(part, self.checksums[-1])
             self._room -= len(part)
+            self.num_bytes += len(part)
 
 
-def _row_groups(tensor: Tensor, piece: OutgoingPiece, limit_bytes: int) -> Iterator[Tensor]:
+def _row_groups(tensor: Tensor, limit_bytes: int) -> Iterator[Tensor]:
     """The tensor as contiguous CPU tensors of some rows each: a strided or device tensor is never copied whole."""
-    assert tensor.shape == piece.rectangle.size and tensor.dtype == piece.dtype, piece
     if tensor.numel() == 0:
         return
     rows = tensor if tensor.dim() else tensor.reshape(1)

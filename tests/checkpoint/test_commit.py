@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import fcntl
 import os
 import resource
@@ -111,9 +112,7 @@ def test_whatever_fails_while_publishing_the_last_checkpoint_stays_the_latest(
 
 def test_a_folder_that_cannot_be_written_is_an_error_before_anything_starts(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(
-        CheckpointError, match=r"--save .*file/run: no checkpoint can be written there \(Not a directory\)"
-    ):
+    with pytest.raises(CheckpointError, match=r"can be written to .*file/run \(Not a directory\); choose"):
         check_save_folder(tmp_path / "file" / "run")
     check_save_folder(tmp_path / "new" / "run")
     assert names_in(tmp_path / "new" / "run") == set()
@@ -122,9 +121,17 @@ def test_a_folder_that_cannot_be_written_is_an_error_before_anything_starts(tmp_
 def test_two_runs_cannot_save_into_one_folder_at_the_same_time(tmp_path: Path) -> None:
     with open(tmp_path / ".lock", "w") as other_run:
         fcntl.flock(other_run, fcntl.LOCK_EX)
-        with pytest.raises(CheckpointError, match="another run is saving a checkpoint there"):
+        with pytest.raises(CheckpointError, match="another run is saving a checkpoint to"):
             save_from_one_process(tmp_path, ParallelLayout())
     save_from_one_process(tmp_path, ParallelLayout())
+
+
+def test_a_file_system_without_locks_is_saved_to_all_the_same(tmp_path: Path, monkeypatch) -> None:
+    def unsupported(*args: object) -> None:
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+    monkeypatch.setattr(fcntl, "flock", unsupported)
+    assert save_from_one_process(tmp_path, ParallelLayout()).exists()
 
 
 def test_rows_that_nobody_hands_in_are_found(tmp_path: Path) -> None:

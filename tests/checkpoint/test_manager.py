@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
+import zlib
 from pathlib import Path
 
 import pytest
@@ -185,6 +186,40 @@ def test_the_manifest_is_json_that_anybody_can_read(checkpoint: Path) -> None:
     assert content["format_version"] == 1 and content["state"]["consumed_samples"] == 40
 
 
+def rewrite_manifest(folder: Path, old: str, new: str) -> None:
+    """Changes the content and makes the checksum right again, as another program's version would."""
+    body = (folder / MANIFEST_FILE).read_text().partition("\n")[2]
+    assert old in body
+    body = body.replace(old, new, 1)
+    (folder / MANIFEST_FILE).write_text(f'{{"crc32": "{zlib.crc32(body.encode()):08x}",\n{body}')
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ('"format_version": 1', '"format_version": 2', "has format version 2, this program reads version 1"),
+        ('"hidden_size": 24', '"hidden_size": 24, "num_experts": 8', "gives num_experts for ModelConfig"),
+        ('"seed": 7', '"seed": 7, "loss_scale": 1.0', "gives loss_scale for RunState"),
+    ],
+)
+def test_what_a_newer_program_wrote_is_refused_and_not_half_understood(checkpoint, old, new, message) -> None:
+    rewrite_manifest(checkpoint, old, new)
+    expect_error(checkpoint, message, "use the program that wrote it")
+
+
+def test_a_manifest_that_leaves_a_gap_is_refused_at_once(checkpoint: Path) -> None:
+    content = json.loads((checkpoint / MANIFEST_FILE).read_text())
+    piece = content["entries"]["model.final_norm.weight"]["pieces"][0]
+    rewrite_manifest(checkpoint, json.dumps(piece["file"]), json.dumps(piece["file"]))  # the same bytes are accepted
+    open_source(checkpoint)
+    body = (checkpoint / MANIFEST_FILE).read_text().partition("\n")[2]
+    start = body.index('"model.final_norm.weight"')
+    end = body.index('"size": [', start) + len('"size": [')
+    changed = body[:end] + body[end:].replace("24", "23", 1)
+    rewrite_manifest(checkpoint, body, changed)
+    expect_error(checkpoint, "model.final_norm.weight of iteration 10 is not stored exactly once: 1 of its 24 elements")
+
+
 def test_a_truncated_shard_is_found(checkpoint: Path) -> None:
     path = checkpoint / "rank_00003.safetensors"
     path.write_bytes(path.read_bytes()[:-1])
@@ -239,11 +274,20 @@ def test_an_iteration_that_is_not_there_lists_those_that_are(checkpoint: Path) -
         open_source(checkpoint.parent, 20)
 
 
+def test_an_iteration_asked_of_a_folder_that_has_no_choice_is_an_error(checkpoint: Path, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"--load_iters 20: .* is iteration 10; give its parent folder"):
+        open_source(checkpoint, 20)
+    (tmp_path / "hf").mkdir()
+    (tmp_path / "hf" / "config.json").write_text("{}")
+    with pytest.raises(CheckpointError, match=r"--load_iters 20: .* is a Hugging Face model"):
+        open_source(tmp_path / "hf", 20)
+
+
 def test_a_folder_that_is_no_checkpoint_says_what_was_found_and_what_is_expected(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").touch()
     expect_error(tmp_path, "found: notes.txt", "manifest.json", "config.json")
     expect_error(tmp_path / "nowhere", "is not a folder")
-    with pytest.raises(CheckpointError, match=r"--load .*nowhere is not a folder"):
+    with pytest.raises(CheckpointError, match=r"nowhere is not a folder; give one that a run saved to"):
         find_checkpoint(tmp_path / "nowhere")
 
 

@@ -1,0 +1,170 @@
+"""Any source -> a checkpoint with one file for each rank of a target layout, optimizer state included.
+
+Rows are read and written a few at a time, so that memory depends neither on the model nor on its largest tensor.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from megatron.checkpoint.commit import check_save_folder, commit
+from megatron.checkpoint.hf import HuggingFaceSource, carried_files
+from megatron.checkpoint.manager import file_name
+from megatron.checkpoint.placement import specs_of_rank
+from megatron.checkpoint.plan import Rectangle
+from megatron.checkpoint.source import MODEL, CheckpointInfo, RunState, Source, TokenizerIdentity, row_chunks
+from megatron.checkpoint.storage import OutgoingPiece, WrittenFile, write_file
+from megatron.checkpoint.tokenizer_files import TOKENIZER_FOLDER, identity_of, tokenizer_files
+from megatron.core.layout import ParallelLayout
+from megatron.core.topology import Axis
+from megatron.errors import CheckpointError
+
+_MAX_LISTED = 8
+
+
+@dataclass(frozen=True)
+class Resharding:
+    """What will be written: the pieces of each file, by file name. Made by `plan_resharding`, done by `reshard`."""
+
+    source: Source
+    files: Mapping[str, tuple[OutgoingPiece, ...]]
+    kinds: tuple[str, ...]
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(piece.num_bytes for pieces in self.files.values() for piece in pieces)
+
+
+def has_optimizer_state(source: Source) -> bool:
+    return any(not name.startswith(f"{MODEL}.") for name in source.names())
+
+
+def plan_resharding(
+    source: Source,
+    layout: ParallelLayout,
+    *,
+    weights_dtype: torch.dtype | None = None,
+) -> Resharding:
+    """Decides what each rank of `layout` (without data parallelism) gets; reads names and shapes only.
+
+    Raises CheckpointError where the source does not hold exactly
+    its model, and ConfigError where the model cannot be laid out so.
+    """
+    model = source.model_config()
+    regions = {
+        rank: [
+            r
+            for spec in specs_of_rank(model, layout, rank)
+            for r in spec.regions(layout.coordinate(rank).tp, layout.tp)
+        ]
+        for rank in range(layout.world_size)
+    }
+    shapes = {region.name: region.global_shape for held in regions.values() for region in held}
+    kinds = _kinds(source, shapes)
+    stored = set(source.names())
+
+    def outgoing(entry: str, rectangle: Rectangle) -> OutgoingPiece:
+        is_weight = entry.startswith(f"{MODEL}.")
+        dtype = weights_dtype if weights_dtype is not None and is_weight else source.dtype(entry)
+        return OutgoingPiece(
+            entry, source.shape(entry), dtype, rectangle, lambda: _chunks(source, entry, rectangle, dtype)
+        )
+
+    files = {
+        file_name(rank): tuple(
+            outgoing(f"{kind}.{region.name}", Rectangle(region.start, region.size))
+            for region in held
+            for kind in kinds
+            if region.copy == 0 and f"{kind}.{region.name}" in stored
+        )
+        for rank, held in regions.items()
+    }
+    return Resharding(source, {name: pieces for name, pieces in files.items() if pieces}, kinds)
+
+
+def check_room(plan: Resharding, root: Path) -> None:
+    """Raises CheckpointError unless `root` can be written and has room for the checkpoint; creates it."""
+    check_save_folder(root)
+    free = shutil.disk_usage(root).free
+    if free < plan.num_bytes:
+        raise CheckpointError(
+            f"{root} has {free / 1e9:.2f} GB free and the checkpoint needs {plan.num_bytes / 1e9:.2f} GB; "
+            "free space or choose another folder."
+        )
+
+
+def reshard(plan: Resharding, root: Path, *, on_bytes: Callable[[int], object]) -> Path:
+    """Writes the planned checkpoint as the source's iteration (0 for one without) under `root`; returns its folder.
+
+    `on_bytes` hears of every chunk when it has been written. A tokenizer that lies with the source is copied to
+    ``root/tokenizer``.
+    """
+    source = plan.source
+    state = source.state() or RunState(iteration=0, config=carried_files(source))
+    info = CheckpointInfo(state, source.model_config(), source.model_name(), _carry_tokenizer(source, root))
+
+    def write(folder: Path) -> list[WrittenFile]:
+        return [
+            write_file(folder / name, [_reporting(piece, on_bytes) for piece in pieces])
+            for name, pieces in plan.files.items()
+        ]
+
+    return commit(root, info, write, Axis("world"), expected=source.names())
+
+
+def _carry_tokenizer(source: Source, root: Path) -> TokenizerIdentity | None:
+    """Copies the source's own tokenizer, so that the new checkpoint does not depend on the old folder."""
+    identity = source.tokenizer()
+    own = source.path if isinstance(source, HuggingFaceSource) else source.path.parent / TOKENIZER_FOLDER
+    target = root / TOKENIZER_FOLDER
+    if identity is None or not Path(identity.tokenizer_model).is_relative_to(own.absolute()):
+        return identity
+    if own.absolute() != target.absolute():
+        target.mkdir(exist_ok=True)
+        for name, file in tokenizer_files(own).items():
+            shutil.copyfile(file, target / name)
+    return identity_of(target)
+
+
+def _kinds(source: Source, shapes: Mapping[str, tuple[int, ...]]) -> tuple[str, ...]:
+    """The kinds of entries there are. Raises CheckpointError unless the weights are complete and all entries known."""
+    kinds: set[str] = set()
+    stored = source.names()
+    problems = [f"{entry} is missing" for entry in sorted({f"{MODEL}.{name}" for name in shapes} - set(stored))]
+    for entry in stored:
+        parts = entry.split(".")
+        tails = (".".join(parts[i:]) for i in range(1, len(parts)))
+        logical = next((tail for tail in tails if tail in shapes), None)
+        if logical is None:
+            problems.append(f"{entry} is no tensor of the model")
+        elif source.shape(entry) != shapes[logical]:
+            problems.append(f"{entry} has shape {list(source.shape(entry))}, not {list(shapes[logical])}")
+        else:
+            kinds.add(entry.removesuffix(f".{logical}"))
+    if problems:
+        more = f"; and {len(problems) - _MAX_LISTED} more" if len(problems) > _MAX_LISTED else ""
+        raise CheckpointError(
+            f"{source.path} does not hold the model it describes: {'; '.join(problems[:_MAX_LISTED])}{more}. "
+            "Use a complete checkpoint."
+        )
+    return tuple(sorted(kinds))
+
+
+def _chunks(source: Source, entry: str, rectangle: Rectangle, dtype: torch.dtype) -> Iterator[Tensor]:
+    return (chunk.to(dtype) for chunk in row_chunks(source, entry, rectangle.start, rectangle.size))
+
+
+def _reporting(piece: OutgoingPiece, on_bytes: Callable[[int], object]) -> OutgoingPiece:
+    def read() -> Iterator[Tensor]:
+        for chunk in piece.read():
+            yield chunk
+            on_bytes(chunk.nbytes)
+
+    return dataclasses.replace(piece, read=read)
