@@ -1,0 +1,212 @@
+"""Any source of weights -> a folder that transformers loads: safetensors files of bounded size, index, configs.
+
+Tensors are copied a few rows at a time, so that memory depends neither on the model nor on its largest tensor. The
+folder is written beside its place under a hidden name and renamed when it is complete.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron.checkpoint.container import LENGTH_BYTES, build_header, bytes_of
+from megatron.checkpoint.hf import CARRIED_FILES, CONFIG_FILE, INDEX_FILE, WEIGHTS_FILE, carried_files, logical_shapes
+from megatron.checkpoint.hf_config import family_of, hf_config
+from megatron.checkpoint.source import MODEL, Source
+from megatron.errors import CheckpointError, ConfigError
+
+DEFAULT_SHARD_BYTES = 5 * 10**9
+
+_ROWS_BYTES = 16 * 2**20
+
+
+@dataclass(frozen=True)
+class HuggingFaceTensor:
+    """A tensor to be written: its name there, its entry in the source, and the dtype it is written in."""
+
+    name: str
+    entry: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def num_bytes(self) -> int:
+        return torch.Size(self.shape).numel() * self.dtype.itemsize
+
+
+@dataclass(frozen=True)
+class Export:
+    """All that a Hugging Face folder will hold but its tokenizer. `json_files` maps file names to content."""
+
+    tensors: tuple[HuggingFaceTensor, ...]
+    json_files: Mapping[str, Mapping[str, Any]]
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(tensor.num_bytes for tensor in self.tensors)
+
+
+def plan_export(
+    source: Source, *, dtype: torch.dtype | None = None, special_tokens: Mapping[str, int] | None = None
+) -> Export:
+    """What an export of `source` consists of; nothing is read but names and shapes.
+
+    Without `dtype`, the fp32 weights of a bf16 run become bf16 and every other tensor keeps its own. `special_tokens`
+    ("eos_token_id") go into the config of a model that was born here. Raises CheckpointError if the format cannot
+    express the model, or if the source lacks a tensor of it.
+    """
+    model, carried = source.model_config(), carried_files(source)
+    original = carried.get("hf_config")
+    entries = {f"{MODEL}.{name}": (name, shape) for name, shape in logical_shapes(model).items()}
+    stored = set(source.names())
+    if missing := [entry for entry in entries if entry not in stored]:
+        raise CheckpointError(f"{source.path} lacks {', '.join(missing[:4])}; export a complete checkpoint.")
+    trained_in = _training_dtype(source)
+    wanted = dtype or (torch.bfloat16 if trained_in == torch.bfloat16 else None)
+    dtypes = {entry: wanted or source.dtype(entry) for entry in entries}
+    # An untouched conversion gives the original's dtype back, whatever it said.
+    is_new = original is None or dtype is not None or trained_in is not None
+    stated = dtypes[next(iter(entries))] if is_new and len(set(dtypes.values())) == 1 else None
+    config = hf_config(model, original, dtype=stated, special_tokens=special_tokens)
+    family = family_of(config)
+    tensors = tuple(
+        HuggingFaceTensor(family.hf_name(name), entry, dtypes[entry], shape) for entry, (name, shape) in entries.items()
+    )
+    return Export(
+        tensors, {**{file: carried[key] for key, file in CARRIED_FILES if key in carried}, CONFIG_FILE: config}
+    )
+
+
+def split_by_size(tensors: Sequence[HuggingFaceTensor], max_shard_bytes: int) -> list[list[HuggingFaceTensor]]:
+    """Consecutive shards of at most `max_shard_bytes`; a larger tensor has a shard of its own."""
+    shards: list[list[HuggingFaceTensor]] = [[]]
+    room = max_shard_bytes
+    for tensor in tensors:
+        if shards[-1] and tensor.num_bytes > room:
+            shards.append([])
+            room = max_shard_bytes
+        shards[-1].append(tensor)
+        room -= tensor.num_bytes
+    return shards
+
+
+def split_by_number(tensors: Sequence[HuggingFaceTensor], num_shards: int) -> list[list[HuggingFaceTensor]]:
+    """`num_shards` consecutive shards of about equal size, none of them empty."""
+    if not 1 <= num_shards <= len(tensors):
+        raise ConfigError(
+            f"--num_output_shards {num_shards} cannot be had from {len(tensors)} tensors; use 1 to {len(tensors)}."
+        )
+    total = sum(tensor.num_bytes for tensor in tensors)
+    shards: list[list[HuggingFaceTensor]] = [[]]
+    done = 0
+    for position, tensor in enumerate(tensors):
+        is_full = done * num_shards >= total * len(shards)
+        must_open = len(tensors) - position <= num_shards - len(shards)
+        if shards[-1] and len(shards) < num_shards and (is_full or must_open):
+            shards.append([])
+        shards[-1].append(tensor)
+        done += tensor.num_bytes
+    return shards
+
+
+def write_hf_folder(
+    source: Source,
+    export: Export,
+    shards: Sequence[Sequence[HuggingFaceTensor]],
+    folder: Path,
+    *,
+    other_files: Mapping[str, Path],
+    on_bytes: Callable[[int], object],
+) -> None:
+    """Writes `folder`, which must not exist or be empty. `other_files` are copied under their new names.
+
+    `on_bytes` hears of the bytes as they are written. Raises CheckpointError if anything fails; the folder then does
+    not exist, as before.
+    """
+    check_output_folder(folder)
+    staging = folder.with_name(f".tmp-{folder.name}-{uuid.uuid4().hex}")
+    try:
+        staging.mkdir(parents=True)
+        file_names = _write_shards(source, shards, staging, on_bytes)
+        if len(shards) > 1:
+            _write_json(staging / INDEX_FILE, _index(export, shards, file_names))
+        for name, content in export.json_files.items():
+            _write_json(staging / name, content)
+        for name, file in other_files.items():
+            shutil.copyfile(file, staging / name)
+        staging.rename(folder)
+    except OSError as error:
+        raise CheckpointError(
+            f"{folder} cannot be written ({error.strerror}); choose a folder on a disk with "
+            f"{export.num_bytes / 2**30:.2f} GiB of room."
+        ) from error
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def check_output_folder(folder: Path) -> None:
+    """Raises CheckpointError if `folder` exists and has anything in it."""
+    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+        raise CheckpointError(f"{folder} exists and is not an empty folder; choose another or remove it.")
+
+
+def _training_dtype(source: Source) -> torch.dtype | None:
+    """What the run that saved `source` computed in; None if no run did, but a conversion."""
+    state = source.state()
+    training = None if state is None else state.config.get("training")
+    if not isinstance(training, Mapping):
+        return None
+    return torch.bfloat16 if training["bf16"] else torch.float32
+
+
+def _write_shards(
+    source: Source, shards: Sequence[Sequence[HuggingFaceTensor]], folder: Path, on_bytes: Callable[[int], object]
+) -> list[str]:
+    names = [f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
+    if len(shards) == 1:
+        names = [WEIGHTS_FILE]
+    for name, tensors in zip(names, shards, strict=True):
+        with open(folder / name, "xb") as file:
+            file.write(_header(tensors))
+            for tensor in tensors:
+                for rows in _row_groups(source, tensor):
+                    file.write(bytes_of(rows))
+                    on_bytes(rows.nbytes)
+            file.flush()
+            os.fsync(file.fileno())
+    return names
+
+
+def _row_groups(source: Source, tensor: HuggingFaceTensor) -> Iterator[Tensor]:
+    row_bytes = tensor.num_bytes // tensor.shape[0]
+    num_rows = max(1, _ROWS_BYTES // row_bytes)
+    for row in range(0, tensor.shape[0], num_rows):
+        start = (row, *(0 for _ in tensor.shape[1:]))
+        size = (min(num_rows, tensor.shape[0] - row), *tensor.shape[1:])
+        yield source.read(tensor.entry, start, size).to(tensor.dtype)
+
+
+def _header(tensors: Sequence[HuggingFaceTensor]) -> bytes:
+    """The header of a shard, with the mark that transformers looks for."""
+    text = build_header({tensor.name: (tensor.dtype, tensor.shape) for tensor in tensors})[0][LENGTH_BYTES:]
+    marked = json.dumps({"__metadata__": {"format": "pt"}, **json.loads(text)}, separators=(",", ":")).encode()
+    marked += b" " * (-len(marked) % LENGTH_BYTES)
+    return len(marked).to_bytes(LENGTH_BYTES, "little") + marked
+
+
+def _index(export: Export, shards: Sequence[Sequence[HuggingFaceTensor]], file_names: Sequence[str]) -> dict[str, Any]:
+    weight_map = {tensor.name: name for name, shard in zip(file_names, shards, strict=True) for tensor in shard}
+    return {"metadata": {"total_size": export.num_bytes}, "weight_map": dict(sorted(weight_map.items()))}
+
+
+def _write_json(file: Path, content: Mapping[str, Any]) -> None:
+    file.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")

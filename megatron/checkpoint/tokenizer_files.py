@@ -1,0 +1,66 @@
+"""The files of a tokenizer, as they travel beside weights."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Final
+
+from megatron.checkpoint.source import TokenizerIdentity
+from megatron.errors import CheckpointError
+from megatron.tokenizer.protocol import file_sha256
+
+TOKENIZER_FOLDER: Final = "tokenizer"
+
+SENTENCEPIECE_FILE: Final = "tokenizer.model"
+HUGGING_FACE_FILE: Final = "tokenizer.json"
+_CONFIG_FILE: Final = "tokenizer_config.json"
+_OTHER_FILES: Final = (
+    _CONFIG_FILE,
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+)
+
+
+def tokenizer_files(path: Path) -> dict[str, Path]:
+    """File names, as transformers knows them, -> the files of the tokenizer at `path`: a folder, or its main file.
+
+    Raises CheckpointError if there is no tokenizer.
+    """
+    if path.is_file():
+        main = path.name if path.name in (SENTENCEPIECE_FILE, HUGGING_FACE_FILE) else _main_name(path)
+        return {**_known_files(path.parent), main: path}
+    files = _known_files(path)
+    if SENTENCEPIECE_FILE not in files and HUGGING_FACE_FILE not in files:
+        raise CheckpointError(
+            f"{path} holds no tokenizer; give a folder with {HUGGING_FACE_FILE} or {SENTENCEPIECE_FILE}, or the file."
+        )
+    return files
+
+
+def added_config(files: Mapping[str, Path]) -> dict[str, dict[str, str]]:
+    """What transformers needs beside a lone tokenizer.model: without it, it guesses another class and other ids."""
+    is_alone = SENTENCEPIECE_FILE in files and not {HUGGING_FACE_FILE, _CONFIG_FILE} & files.keys()
+    return {_CONFIG_FILE: {"tokenizer_class": "LlamaTokenizer"}} if is_alone else {}
+
+
+def identity_of(folder: Path) -> TokenizerIdentity | None:
+    """The tokenizer in `folder`, None if there is none. tokenizer.json counts first, as it does in transformers."""
+    if (file := folder / HUGGING_FACE_FILE).exists():
+        return TokenizerIdentity("HuggingFaceTokenizer", str(folder.absolute()), file_sha256(file))
+    if (file := folder / SENTENCEPIECE_FILE).exists():
+        return TokenizerIdentity("SentencePieceTokenizer", str(file.absolute()), file_sha256(file))
+    return None
+
+
+def _known_files(folder: Path) -> dict[str, Path]:
+    names = (SENTENCEPIECE_FILE, HUGGING_FACE_FILE, *_OTHER_FILES)
+    return {name: folder / name for name in names if (folder / name).is_file()}
+
+
+def _main_name(file: Path) -> str:
+    return HUGGING_FACE_FILE if file.suffix == ".json" else SENTENCEPIECE_FILE

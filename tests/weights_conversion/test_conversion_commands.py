@@ -1,0 +1,303 @@
+"""The two conversion commands as users type them, and what they say when something is wrong."""
+
+from __future__ import annotations
+
+import importlib.util
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoTokenizer
+
+from hf_folders import edit_json, loaded_config, save_llama, stored_tensors
+from megatron.checkpoint.hf import HuggingFaceSource
+from megatron.checkpoint.manager import open_source
+from megatron.checkpoint.tokenizer_files import tokenizer_files
+from megatron.errors import CheckpointError, ConfigError, MegatronError
+from megatron.tokenizer.build import build_tokenizer
+from megatron.tokenizer.config import TokenizerConfig
+from tiny_tokenizers import TEXT, write_huggingface, write_sentencepiece
+
+SCRIPTS = Path(__file__).parents[2] / "weights_conversion"
+
+
+def load(name: str):
+    spec = importlib.util.spec_from_file_location(name, SCRIPTS / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def importer():
+    return load("hf_to_megatron")
+
+
+@pytest.fixture(scope="module")
+def exporter():
+    return load("megatron_to_hf")
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory):
+    return save_llama(tmp_path_factory.mktemp("models") / "tiny", dtype=torch.bfloat16, max_shard_size="20KB")
+
+
+@pytest.fixture
+def native(llama, importer, tmp_path):
+    importer.main(["llama2", f"--out={tmp_path / 'native'}", f"--model-path={llama}"])
+    return tmp_path / "native"
+
+
+def message_of(main, *arguments, kind: type[MegatronError] = ConfigError) -> str:
+    with pytest.raises(kind) as error:
+        main([str(argument) for argument in arguments])
+    return str(error.value)
+
+
+def test_the_commands_of_the_docstrings_convert_there_and_back(llama, tmp_path):
+    native, back = tmp_path / "native", tmp_path / "back"
+    there = [SCRIPTS / "hf_to_megatron.py", "llama2", f"--out={native}", f"--cache-dir={tmp_path}"]
+    run([*there, f"--model-path={llama}"])
+    output = run([SCRIPTS / "megatron_to_hf.py", "--input_dir", native, "--output_dir", back])
+    stored, returned = stored_tensors(llama), stored_tensors(back)
+    num_kilobytes = sum(tensor.nbytes for tensor in stored.values()) / 1000
+    assert output == f"wrote {back}: {len(stored)} tensors, {num_kilobytes:.1f}kB in 1 file(s)\n"
+    assert loaded_config(back) == loaded_config(llama)
+    assert stored.keys() == returned.keys() and all(torch.equal(stored[name], returned[name]) for name in stored)
+
+
+def test_a_mistake_ends_with_one_line_and_status_2(llama, tmp_path):
+    command = [sys.executable, str(SCRIPTS / "hf_to_megatron.py"), "llama2", "--ouput=x", f"--model-path={llama}"]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 2
+    assert result.stderr == "ConfigError: --ouput is not a flag of this program; did you mean --out?\n"
+
+
+def run(command) -> str:
+    return subprocess.run([sys.executable, *map(str, command)], capture_output=True, text=True, check=True).stdout
+
+
+def test_the_model_is_recorded(native, llama):
+    source = open_source(native)
+    assert source.model_name() == "llama2"
+    assert source.state().iteration == 0
+
+
+def test_a_local_folder_never_asks_the_network(importer, llama, tmp_path, monkeypatch):
+    monkeypatch.setattr(importer, "snapshot_download", lambda *_, **__: pytest.fail("asked for a download"))
+    importer.main(["llama2", "--out", str(tmp_path / "o"), "--model_path", str(llama)])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "name"),
+    [
+        (["llama2", "--size=70", "--model-path=OpenAssistant/llama2-70b-oasst-sft-v10"], "OpenAssistant/llama2-70b"),
+        (["llama2", "--size=70"], "meta-llama/Llama-2-70b-hf"),
+        (["codellama", "--size", "34"], "codellama/CodeLlama-34b-hf"),
+    ],
+)
+def test_anything_else_is_downloaded_by_its_name(importer, arguments, name, tmp_path, monkeypatch):
+    asked = []
+
+    def download(repository, **options):
+        asked.append((repository, options["cache_dir"]))
+        raise OSError("no network here")
+
+    monkeypatch.setattr(importer, "snapshot_download", download)
+    message = message_of(
+        importer.main, *arguments, f"--out={tmp_path / 'o'}", f"--cache-dir={tmp_path}", kind=CheckpointError
+    )
+    ((repository, cache),) = asked
+    assert repository.startswith(name) and cache == tmp_path
+    assert message == (
+        f"--model-path {repository} is no folder here and could not be downloaded (no network here); check the name, "
+        "the network and `hf auth login`, or give the folder of a copy."
+    )
+
+
+def test_a_download_is_converted_like_a_folder(importer, llama, tmp_path, monkeypatch):
+    monkeypatch.setattr(importer, "snapshot_download", lambda *_, **__: str(llama))
+    importer.main(["llama2", "--out", str(tmp_path / "o"), "--model-path=somebody/tiny"])
+    assert open_source(tmp_path / "o").model_config().vocab_size == 131
+
+
+def test_a_path_that_does_not_exist_is_not_taken_for_a_name(importer, tmp_path):
+    assert message_of(
+        importer.main, "llama2", f"--out={tmp_path / 'o'}", "--model-path=/no/such/folder", kind=CheckpointError
+    ) == ("--model-path /no/such/folder is neither a folder nor a name on the Hugging Face hub; check the spelling.")
+
+
+def test_a_size_or_a_path_is_needed(importer, tmp_path):
+    assert message_of(importer.main, "llama2", "--out", tmp_path / "o") == (
+        "nothing says which llama2 to convert; give --model-path, or --size with one of 7, 13, 70."
+    )
+    assert message_of(importer.main, "llama2", "--size=8", "--out", tmp_path / "o") == (
+        "--size 8: llama2 was not published in this size; use one of 7, 13, 70."
+    )
+
+
+def test_a_size_is_checked_against_the_model(importer, llama, tmp_path):
+    message = message_of(importer.main, "llama3", "--size=8", "--out", tmp_path / "o", "--model-path", llama)
+    assert message == (
+        f"{llama} is not llama3 --size 8: num_layers is 3, there 32; hidden_size is 36, there 4096; "
+        "num_attention_heads is 6, there 32; num_attention_heads_kv is 2, there 8; ffn_hidden_size is 44, there 14336; "
+        "kv_channels is 10, there 128. Drop --size or correct it."
+    )
+    assert not (tmp_path / "o").exists()
+
+
+def test_a_longer_vocabulary_of_the_right_size_is_told_but_converted(importer, llama, tmp_path, monkeypatch, capsys):
+    published = replace(HuggingFaceSource(llama).model_config(), vocab_size=128, rope_theta=5e5)
+    monkeypatch.setattr(importer, "preset", lambda *_: published)
+    importer.main(["llama2", "--size=7", f"--out={tmp_path / 'o'}", f"--model-path={llama}"])
+    assert (
+        f"warning: {llama} differs from the published llama2 --size 7: "
+        "vocab_size is 131, there 128; rope_theta is 10000.0, there 500000.0\n"
+    ) in capsys.readouterr().err
+
+
+def test_models_that_cannot_be_converted_are_not_offered(importer, tmp_path):
+    assert message_of(importer.main, "gpt", "--out", tmp_path / "o").startswith("model gpt is not one of its choices")
+
+
+@pytest.mark.parametrize("flags", [["--dtype", "fp32"], ["--dtype=bf16"], ["--bf16"]])
+def test_a_dtype_can_be_asked_for(importer, llama, flags, tmp_path):
+    importer.main(["llama2", f"--out={tmp_path / 'o'}", f"--model-path={llama}", *flags])
+    source = open_source(tmp_path / "o")
+    expected = torch.float32 if "fp32" in flags else torch.bfloat16
+    assert {source.dtype(name) for name in source.names()} == {expected}
+
+
+@pytest.mark.parametrize(("flags", "num_files"), [([], 1), (["--num_output_shards", "3"], 3)])
+def test_the_number_of_files_can_be_asked_for(exporter, native, flags, num_files, tmp_path):
+    exporter.main(["--input_dir", str(native), "--output-dir", str(tmp_path / "hf"), *flags])
+    assert len(list((tmp_path / "hf").glob("*.safetensors"))) == num_files
+
+
+def test_the_size_of_files_can_be_asked_for(exporter, native, tmp_path):
+    exporter.main(["--input_dir", str(native), "--output-dir", str(tmp_path / "hf"), "--max-shard-size=20KB"])
+    sizes = [sum(t.nbytes for t in load_file(file).values()) for file in (tmp_path / "hf").glob("*.safetensors")]
+    assert len(sizes) >= sum(sizes) / 20_000 and max(sizes) <= 20_000
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--num_output_shards=2", "--max_shard_size=1GB"], "--max_shard_size: not allowed with argument"),
+        (["--max_shard_size=big"], "--max_shard_size big cannot be read: 'big' is not a size; give 5GB or 500MB, say"),
+        (["--max_shard_size=0"], "--max_shard_size 0 cannot be read: '0' is not a size; give 5GB or 500MB, say"),
+        (["--dtype=fp8"], "--dtype fp8 is not one of its choices"),
+        (["--num_output_shards=1000"], "--num_output_shards 1000 cannot be had from 30 tensors; use 1 to 30."),
+    ],
+)
+def test_flags_that_cannot_be_met_are_refused(exporter, native, flags, message, tmp_path):
+    assert message_of(exporter.main, "--input_dir", native, "--output_dir", tmp_path / "hf", *flags).startswith(message)
+    assert not (tmp_path / "hf").exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "num_bytes"), [("5GB", 5 * 10**9), ("1.5 mb", 1_500_000), ("2GiB", 2**31), ("700", 700), ("3KB", 3000)]
+)
+def test_sizes_are_read_in_their_units(exporter, text, num_bytes):
+    assert exporter._num_bytes(text) == num_bytes
+
+
+def test_another_model_than_recorded_is_refused(exporter, native, tmp_path):
+    arguments = ["--input_dir", native, "--output_dir", tmp_path / "hf", "--model", "codellama"]
+    assert message_of(exporter.main, *arguments) == (
+        f"--model codellama: {native / 'iter_0000000'} holds a llama2 model; drop --model or correct it."
+    )
+    exporter.main([*map(str, arguments[:-1]), "llama2"])
+
+
+def test_an_output_folder_that_holds_something_is_refused_before_anything_is_read(exporter, tmp_path):
+    (tmp_path / "hf").mkdir()
+    (tmp_path / "hf" / "mine").touch()
+    message = message_of(
+        exporter.main, "--input_dir", tmp_path / "none", "--output_dir", tmp_path / "hf", kind=CheckpointError
+    )
+    assert message == f"{tmp_path / 'hf'} exists and is not an empty folder; choose another or remove it."
+
+
+def with_tokenizer(llama, folder) -> Path:
+    shutil.copytree(llama, folder)
+    for name in ("tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja"):
+        (folder / name).write_text(f"content of {name}")
+    return folder
+
+
+def test_the_tokenizer_goes_there_and_back(importer, exporter, llama, tmp_path):
+    model = with_tokenizer(llama, tmp_path / "model")
+    importer.main(["llama2", f"--out={tmp_path / 'native'}", f"--model-path={model}"])
+    exporter.main([f"--input_dir={tmp_path / 'native'}", f"--output_dir={tmp_path / 'hf'}"])
+    for name in ("tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja"):
+        assert (tmp_path / "hf" / name).read_text() == f"content of {name}"
+
+
+def test_the_tokenizer_is_found_beside_a_checkpoint_that_was_moved(importer, exporter, llama, tmp_path):
+    model = with_tokenizer(llama, tmp_path / "model")
+    importer.main(["llama2", f"--out={tmp_path / 'native'}", f"--model-path={model}"])
+    (tmp_path / "native").rename(tmp_path / "moved")
+    exporter.main([f"--input_dir={tmp_path / 'moved' / 'iter_0000000'}", f"--output_dir={tmp_path / 'hf'}"])
+    assert (tmp_path / "hf" / "tokenizer.model").exists()
+
+
+def test_another_tokenizer_can_be_given(exporter, native, tmp_path):
+    other = tmp_path / "my_pieces.model"
+    other.write_text("pieces")
+    exporter.main([f"--input_dir={native}", f"--output_dir={tmp_path / 'hf'}", f"--vocab_file={other}"])
+    assert (tmp_path / "hf" / "tokenizer.model").read_text() == "pieces"
+
+
+def test_transformers_reads_a_lone_sentencepiece_file_as_we_do(exporter, native, tmp_path):
+    (tmp_path / "tokenizer").mkdir()
+    model_file = write_sentencepiece(tmp_path / "tokenizer")
+    exporter.main([f"--input_dir={native}", f"--output_dir={tmp_path / 'hf'}", f"--vocab_file={model_file}"])
+    theirs = AutoTokenizer.from_pretrained(tmp_path / "hf")
+    ours = build_tokenizer(TokenizerConfig(tokenizer_model=str(model_file), no_new_tokens=True))
+    assert theirs(TEXT, add_special_tokens=False).input_ids == ours.encode(TEXT)
+    assert (theirs.bos_token_id, theirs.eos_token_id) == (ours.bos, ours.eos)
+
+
+def test_a_model_born_here_gets_the_special_tokens_of_its_tokenizer(exporter, tmp_path):
+    folder = write_huggingface(tmp_path / "tokenizer", bos_token="<|begin|>", eos_token="<|end|>")
+    assert exporter._special_tokens(tokenizer_files(folder)) == {"bos_token_id": 300, "eos_token_id": 301}
+    assert exporter._special_tokens({}) == {}
+
+
+def test_a_folder_without_a_tokenizer_is_named(exporter, native, tmp_path):
+    (tmp_path / "empty").mkdir()
+    message = message_of(
+        exporter.main,
+        f"--input_dir={native}",
+        f"--output_dir={tmp_path / 'hf'}",
+        f"--vocab_file={tmp_path / 'empty'}",
+        kind=CheckpointError,
+    )
+    assert message == (
+        f"{tmp_path / 'empty'} holds no tokenizer; give a folder with tokenizer.json or tokenizer.model, or the file."
+    )
+
+
+def test_an_export_without_a_tokenizer_says_so(exporter, native, tmp_path, capsys):
+    exporter.main([f"--input_dir={native}", f"--output_dir={tmp_path / 'hf'}"])
+    assert (
+        f"warning: {native / 'iter_0000000'} names no tokenizer that is still there; give one with --vocab_file to "
+        "have it copied.\n"
+    ) in capsys.readouterr().err
+
+
+def test_an_unsupported_model_is_named_before_anything_is_written(importer, llama, tmp_path):
+    model = shutil.copytree(llama, tmp_path / "model")
+    edit_json(model / "config.json", model_type="falcon")
+    message = message_of(
+        importer.main, "llama2", f"--out={tmp_path / 'o'}", f"--model-path={model}", kind=CheckpointError
+    )
+    assert message == f"{model / 'config.json'}: model_type 'falcon' is not supported; convert one of llama."
+    assert not (tmp_path / "o").exists()
