@@ -31,6 +31,9 @@ class LossSums:
     def zero(cls, device: torch.device) -> LossSums:
         return cls(*(torch.zeros((), dtype=torch.float64, device=device) for _ in range(2)))
 
+    def __add__(self, other: LossSums) -> LossSums:
+        return LossSums(self.loss + other.loss, self.valid_tokens + other.valid_tokens)
+
 
 class MicrobatchForward:
     """What the executor calls for each forward action: the micro-batches of one step, and their loss sums."""

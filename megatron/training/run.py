@@ -1,0 +1,198 @@
+"""From a resolved configuration to a trained model: what `finetune.py` composes."""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import os
+import shutil
+from datetime import timedelta
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from megatron.checkpoint.hf import carried_files
+from megatron.checkpoint.manager import check_architecture
+from megatron.checkpoint.source import RunState, Source, TokenizerIdentity
+from megatron.checkpoint.tokenizer_files import TOKENIZER_FOLDER, identity_of, tokenizer_files
+from megatron.config import RunConfig
+from megatron.core.data_parallel import DataParallelConfig
+from megatron.core.recompute import RecomputePolicy
+from megatron.core.topology import Topology
+from megatron.errors import CheckpointError, ConfigError
+from megatron.model.attention import AttentionKernel, flash_attention, sdpa_attention
+from megatron.model.init import initial_value
+from megatron.model.stage import StageOptions
+from megatron.optimizer.optimizers import Optimizer
+from megatron.tokenizer import Tokenizer
+from megatron.training.build import PipelineParts, build_parts, fill_weights
+from megatron.training.checkpointing import Progress, RunCheckpoints
+from megatron.training.datasets import RunDatasets, build_datasets, check_save_folder, describe_continuation
+from megatron.training.forward import Pipeline
+from megatron.training.sinks import MetricsLog
+from megatron.training.step import TrainStep
+from megatron.training.summary import startup_summary, write_config
+from megatron.training.trainer import Trainer
+
+logger = logging.getLogger(__name__)
+
+
+def train(run: RunConfig, tokenizer: Tokenizer, source: Source | None) -> None:
+    """Trains `run` from `source`, or from initial weights when there is none.
+
+    What can be checked by each process alone is checked before the process group exists.
+    """
+    check_save_folder(run.checkpoint.save)
+    if source is not None:
+        check_architecture(source.path, source.model_config(), run.model)
+    datasets = build_datasets(run, tokenizer)
+    device = choose_device(run)
+    kernel = choose_kernel(run, device)
+    _make_deterministic(run)
+    timeout = timedelta(minutes=run.training.distributed_timeout_minutes)
+    topology = Topology.create(run.layout, device, timeout=timeout)
+
+    parts = _build(run, topology, kernel)
+    optimizer = Optimizer(run.optimizer, parts.data_parallel.shards)
+    checkpoints = RunCheckpoints(
+        run,
+        topology,
+        parts.data_parallel,
+        optimizer,
+        tokenizer=_keep_tokenizer(run, tokenizer, topology),
+        num_samples=datasets.num_samples,
+        carried={} if source is None else carried_files(source),
+    )
+    progress = _restore(run, topology, parts, checkpoints, source)
+    step = TrainStep(
+        _pipeline(run, topology, parts),
+        optimizer,
+        topology,
+        clip_grad=run.optimizer.clip_grad,
+        seed=run.training.seed,
+    )
+    log = MetricsLog(run, is_main=topology.world.is_first, resumed_at=progress.iteration or None)
+    if topology.world.is_first:
+        if run.checkpoint.save is not None:
+            write_config(run, Path(run.checkpoint.save))
+        log.message(startup_summary(run, parts.layers, kernel=kernel.__name__, device=device, datasets=datasets))
+        for note in _notes(datasets, source, run):
+            log.message(f"note: {note}")
+    Trainer(run, topology, step, datasets, checkpoints, log).fit(progress)
+    log.close()
+    topology.close()
+
+
+def choose_device(run: RunConfig) -> torch.device:
+    """--device, with "auto" meaning a GPU where there is one. Raises ConfigError if the GPU asked for is missing."""
+    wanted = run.training.device
+    if wanted == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if wanted == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("--device cuda finds no GPU that this PyTorch can use; install a CUDA build, or --device cpu.")
+    return torch.device(wanted)
+
+
+def choose_kernel(run: RunConfig, device: torch.device) -> AttentionKernel:
+    """flash-attn where it is asked for, installed and applicable; PyTorch's own kernels otherwise, with one warning."""
+    if not run.training.use_flash_attn:
+        return sdpa_attention
+    if device.type != "cuda":
+        reason = "flash-attn needs a GPU"
+    elif not run.training.bf16:
+        reason = "flash-attn needs --bf16"
+    elif importlib.util.find_spec("flash_attn") is None:
+        reason = "the flash-attn package is not installed"
+    else:
+        return flash_attention
+    logger.warning("--use_flash_attn: %s; PyTorch's scaled_dot_product_attention is used instead", reason)
+    return sdpa_attention
+
+
+def _make_deterministic(run: RunConfig) -> None:
+    if run.training.deterministic:
+        # cuBLAS reads it when it is first used; without it deterministic matmuls raise.
+        os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
+        torch.use_deterministic_algorithms(True)
+
+
+def _build(run: RunConfig, topology: Topology, kernel: AttentionKernel) -> PipelineParts:
+    parallel = run.parallel
+    options = StageOptions(
+        padded_vocab_size=run.padded_vocab_size,
+        sequence_parallel=parallel.sequence_parallel,
+        recompute=RecomputePolicy(
+            parallel.recompute_granularity, parallel.recompute_method or "uniform", parallel.recompute_num_layers
+        ),
+        kernel=kernel,
+    )
+    engine = DataParallelConfig(zero_stage=parallel.zero_stage, compute_dtype=_compute_dtype(run))
+    return build_parts(run.model, topology, options, engine, num_chunks=run.num_stages_per_rank)
+
+
+def _pipeline(run: RunConfig, topology: Topology, parts: PipelineParts) -> Pipeline:
+    return Pipeline(
+        parts,
+        topology,
+        schedule=run.parallel.pipeline_schedule,
+        compute_dtype=_compute_dtype(run),
+        sequence_parallel=run.parallel.sequence_parallel,
+    )
+
+
+def _compute_dtype(run: RunConfig) -> torch.dtype:
+    return torch.bfloat16 if run.training.bf16 else torch.float32
+
+
+def _restore(
+    run: RunConfig, topology: Topology, parts: PipelineParts, checkpoints: RunCheckpoints, source: Source | None
+) -> Progress:
+    """Fills weights, and the optimizer's state where the run continues; returns where it continues."""
+    if source is None:
+        fill_weights(parts.data_parallel, topology, partial(initial_value, run.model, run.training.seed))
+        return Progress()
+    checkpoints.load_weights(source)
+    state = source.state()
+    if state is None or state.iteration == 0 or run.checkpoint.finetune:
+        return Progress()
+    if run.checkpoint.load_optim:
+        if not state.optimizer:
+            raise CheckpointError(
+                f"{source.path} was saved without the optimizer's state, so its run cannot be continued exactly; "
+                "give --no_load_optim to go on with a fresh state, or --finetune to start a new run from its weights."
+            )
+        checkpoints.load_optimizer(source, state)
+    return Progress(state.iteration, state.consumed_samples)
+
+
+def _keep_tokenizer(run: RunConfig, tokenizer: Tokenizer, topology: Topology) -> TokenizerIdentity:
+    """Copies the tokenizer beside the checkpoints, so that they can be exported without the original."""
+    path, save = run.tokenizer.path, run.checkpoint.save
+    if path is None:
+        return TokenizerIdentity(tokenizer.name, "", tokenizer.identity.file_sha256)
+    if save is None:
+        return TokenizerIdentity(tokenizer.name, path, tokenizer.identity.file_sha256)
+    folder = Path(save) / TOKENIZER_FOLDER
+    if topology.world.is_first:
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, file in tokenizer_files(Path(path)).items():
+            if file.resolve() != (folder / name).resolve():
+                shutil.copyfile(file, folder / name)
+    return TokenizerIdentity(tokenizer.name, str(folder.absolute()), tokenizer.identity.file_sha256)
+
+
+def _notes(datasets: RunDatasets, source: Source | None, run: RunConfig) -> list[str]:
+    """What a user should know who continues a run."""
+    state: RunState | None = None if source is None else source.state()
+    if state is None or state.iteration == 0 or run.checkpoint.finetune:
+        return []
+    notes = []
+    recorded = state.data.get("num_samples")
+    recorded_samples = recorded.get("train") if isinstance(recorded, dict) else None
+    continuation = describe_continuation(datasets.train, recorded_samples)
+    if continuation is not None:
+        notes.append(continuation)
+    if state.seed is not None and state.seed != run.training.seed:
+        notes.append(f"--seed {run.training.seed} is not the checkpoint's {state.seed}: samples come in another order")
+    return notes

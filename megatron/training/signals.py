@@ -1,0 +1,39 @@
+"""SIGTERM asks a run to save and leave; all ranks agree on it between two steps."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+import torch
+
+from megatron.core.collectives import all_reduce
+from megatron.core.topology import Topology
+
+
+class StopRequest:
+    """Whether this process was asked to stop. `agreed` says whether any was; every rank calls it together."""
+
+    def __init__(self, topology: Topology):
+        self._topology = topology
+        self._requested = False
+
+    def request(self, signal_number: int = 0, frame: FrameType | None = None) -> None:
+        self._requested = True
+
+    def agreed(self) -> bool:
+        flag = torch.tensor(float(self._requested), device=self._topology.device)
+        return bool(all_reduce(flag, self._topology.world, "max") > 0)
+
+
+@contextmanager
+def stop_on_sigterm(topology: Topology) -> Iterator[StopRequest]:
+    """While inside, SIGTERM is a request and not an end; the former handler comes back after."""
+    stop = StopRequest(topology)
+    former = signal.signal(signal.SIGTERM, stop.request)
+    try:
+        yield stop
+    finally:
+        signal.signal(signal.SIGTERM, former)

@@ -1,0 +1,124 @@
+"""The loop: steps, log lines, evaluations, checkpoints, and reasons to stop."""
+
+from __future__ import annotations
+
+import math
+import time
+
+from megatron.config import RunConfig
+from megatron.core.topology import Topology
+from megatron.data.gpt import GPTDataset
+from megatron.data.loader import StepLoader, batches_for_step
+from megatron.optimizer.schedule import learning_rate
+from megatron.training.checkpointing import Progress, RunCheckpoints
+from megatron.training.datasets import RunDatasets
+from megatron.training.forward import LossSums
+from megatron.training.metrics import EvaluationMetrics, StepClock
+from megatron.training.signals import StopRequest, stop_on_sigterm
+from megatron.training.sinks import MetricsLog
+from megatron.training.step import TrainStep, mean_loss
+
+
+class Trainer:
+    """Trains from where `progress` stands to the end of the run, or to a reason to leave before."""
+
+    def __init__(
+        self,
+        run: RunConfig,
+        topology: Topology,
+        step: TrainStep,
+        datasets: RunDatasets,
+        checkpoints: RunCheckpoints,
+        log: MetricsLog,
+    ):
+        self.run, self.topology, self.step = run, topology, step
+        self.datasets, self.checkpoints, self.log = datasets, checkpoints, log
+        self._batching = {
+            "micro_batch_size": run.training.micro_batch_size,
+            "data_parallel_rank": topology.dp.rank,
+            "data_parallel_size": topology.dp.size,
+            "num_microbatches": run.num_microbatches,
+        }
+
+    def fit(self, progress: Progress) -> Progress:
+        """Runs the loop and returns where it ended. Every rank calls it together."""
+        train_iters, clock = (
+            self.run.training.train_iters,
+            StepClock(self.run, self.topology.device, progress.iteration),
+        )
+        saved = progress
+        loader = StepLoader(
+            self.datasets.train, progress.consumed_samples, num_workers=self.run.data.num_workers, **self._batching
+        )
+        with stop_on_sigterm(self.topology) as stop, loader:
+            while progress.iteration < train_iters:
+                progress = self._step(loader, clock, progress)
+                self._evaluate_when_due(progress)
+                reason = self._reason_to_leave(progress, stop)
+                if self._is_save_due(progress) or reason:
+                    saved = self._save(progress)
+                clock.resume()
+                if reason:
+                    self.log.message(f"{reason} at iteration {progress.iteration}: leaving")
+                    return progress
+        if saved != progress:
+            self._save(progress)
+        self._evaluate_at_end(progress)
+        return progress
+
+    def evaluate(self, dataset: GPTDataset, name: str, iteration: int) -> float:
+        """The mean loss over the first `eval_iters` global batches of `dataset`, without dropout; logged as `name`."""
+        sums = LossSums.zero(self.topology.device)
+        for number in range(self.run.training.eval_iters):
+            start = number * self.run.training.global_batch_size
+            batches = batches_for_step(dataset, start, **self._batching)
+            sums += self.step.pipeline.evaluate([batch.to(self.topology.device) for batch in batches])
+        loss, valid_tokens = mean_loss(sums, self.topology)
+        self.log.evaluation(EvaluationMetrics(name, iteration, loss, math.exp(min(loss, 700.0)), valid_tokens))
+        return loss
+
+    def _step(self, loader: StepLoader, clock: StepClock, progress: Progress) -> Progress:
+        iteration = progress.iteration + 1
+        rate = learning_rate(self.run.optimizer, iteration)
+        started = time.perf_counter()
+        batches = [batch.to(self.topology.device) for batch in next(loader)]
+        result = self.step.run(batches, iteration, rate)
+        clock.add(time.perf_counter() - started)
+        progress = Progress(iteration, loader.consumed_samples)
+        if iteration % self.run.logging.log_interval == 0:
+            self.log.step(clock.metrics(progress, result, rate))
+        return progress
+
+    def _evaluate_when_due(self, progress: Progress) -> None:
+        due = progress.iteration % self.run.training.eval_interval == 0
+        if due and self.datasets.validation is not None:
+            self.evaluate(self.datasets.validation, "validation", progress.iteration)
+
+    def _evaluate_at_end(self, progress: Progress) -> None:
+        if self.datasets.validation is not None and progress.iteration % self.run.training.eval_interval:
+            self.evaluate(self.datasets.validation, "validation", progress.iteration)
+        if self.datasets.test is not None:
+            self.evaluate(self.datasets.test, "test", progress.iteration)
+
+    def _is_save_due(self, progress: Progress) -> bool:
+        interval = self.run.checkpoint.save_interval
+        return interval is not None and progress.iteration % interval == 0
+
+    def _reason_to_leave(self, progress: Progress, stop: StopRequest) -> str | None:
+        if stop.agreed():
+            return "SIGTERM"
+        interval = self.run.training.exit_interval
+        if (
+            interval is not None
+            and progress.iteration % interval == 0
+            and progress.iteration < self.run.training.train_iters
+        ):
+            return f"--exit_interval {interval}"
+        return None
+
+    def _save(self, progress: Progress) -> Progress:
+        if self.run.checkpoint.save is not None:
+            started = time.perf_counter()
+            folder = self.checkpoints.save(progress)
+            self.log.message(f"saved {folder} in {time.perf_counter() - started:.1f} s")
+        return progress
