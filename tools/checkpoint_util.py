@@ -82,11 +82,9 @@ def _print_source(source: Source) -> None:
 
 
 def _print_result(plan: Resharding, layout: ParallelLayout, folder: Path, seconds: float) -> None:
-    gigabytes = plan.num_bytes / 1e9
-    print(
-        f"wrote {folder}: {len(plan.files)} file(s) for TP{layout.tp} PP{layout.pp} and {MANIFEST_FILE}, "
-        f"{gigabytes:.3g} GB in {seconds:.1f} s ({gigabytes / seconds:.3g} GB/s)"
-    )
+    size, rate = (tqdm.format_sizeof(number, "B") for number in (plan.num_bytes, plan.num_bytes / seconds))
+    files = f"{len(plan.files)} file(s) for TP{layout.tp} PP{layout.pp} and {MANIFEST_FILE}"
+    print(f"wrote {folder}: {files}, {size} in {seconds:.1f} s ({rate}/s)")
     print(f"it holds: {', '.join(plan.kinds)}")
 
 
