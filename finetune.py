@@ -1,4 +1,4 @@
-"""Pretrain, continue or finetune a language model: ``torchrun --nproc_per_node N finetune.py ...``, or plain ``python``.
+"""Pretrain, continue or finetune a language model: ``torchrun --nproc_per_node N finetune.py ...``, or one process.
 
 The data-parallel size is what the number of processes leaves after ``--tensor_model_parallel_size`` and
 ``--pipeline_model_parallel_size``. ``--help`` lists every flag; ``--config run.yaml`` reads them from a file.

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
@@ -49,4 +49,4 @@ def _kept(function: Callable[..., Tensor], *args: Any) -> Tensor:
     return function(*args)
 
 
-_recomputed: Checkpoint = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
+_recomputed: Final[Checkpoint] = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)

@@ -12,12 +12,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, TypeAlias
 
 import torch
 from torch import Tensor
 
 from megatron.errors import ConfigError
+
+GradientKind: TypeAlias = Literal["complete", "partial"]
 
 
 @dataclass(frozen=True)
@@ -92,7 +94,7 @@ class ShardSpec:
 
     blocks: tuple[Block, ...]
     dim: int | None = None
-    gradient: Literal["complete", "partial"] = "complete"
+    gradient: GradientKind = "complete"
     tied: Literal["owner", "copy"] | None = None
 
     def local_shape(self, tp_size: int) -> tuple[int, ...]:

@@ -85,7 +85,11 @@ class Topology:
         """One process without a process group."""
         return cls(
             ParallelLayout(),
-            *(Axis(name) for name in ("pp", "dp", "tp", "embedding", "world")),
+            pp=Axis("pp"),
+            dp=Axis("dp"),
+            tp=Axis("tp"),
+            embedding=Axis("embedding"),
+            world=Axis("world"),
             device=torch.device(device),
         )
 

@@ -16,7 +16,7 @@ from megatron.core.recompute import RecomputePolicy
 from megatron.core.sharding import Block, ShardSpec
 from megatron.core.tensor_parallel.embedding import VocabParallelEmbedding
 from megatron.core.tensor_parallel.linear import ColumnParallelLinear
-from megatron.core.tensor_parallel.parameters import ShardedModule
+from megatron.core.tensor_parallel.parameters import ShardedModule, replicated_gradient
 from megatron.core.topology import Axis
 from megatron.model.attention import AttentionKernel, sdpa_attention
 from megatron.model.block import TransformerLayer, make_norm
@@ -124,11 +124,13 @@ class Embedding(nn.Module):
 class PositionEmbedding(ShardedModule):
     """Learned absolute positions, held by every tensor rank: -> [s, b or 1, h]."""
 
+    weight: nn.Parameter
+
     def __init__(self, config: ModelConfig, sequence_parallel: bool):
         super().__init__()
         block = Block("embedding.position.weight", (config.max_position_embeddings, config.hidden_size))
-        gradient = "partial" if sequence_parallel else "complete"
-        self.declare("weight", ShardSpec((block,), gradient=gradient), tp_size=1)
+        spec = ShardSpec((block,), gradient=replicated_gradient(sequence_parallel))
+        self.declare("weight", spec, tp_size=1)
 
     def forward(self, seq_length: int, position_ids: Tensor | None) -> Tensor:
         if position_ids is None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 from torch import Tensor
 
@@ -104,7 +105,7 @@ class RunCheckpoints:
             seed=self.run.training.seed,
             optimizer=self._optimizer_facts(),
             scheduler={"iteration": progress.iteration},
-            config={**self.run.to_dict(), **self.carried},
+            config={**cast(Mapping[str, JSON], self.run.to_dict()), **self.carried},
             data={"num_samples": dict(self.num_samples)},
         )
         return CheckpointInfo(state, self.run.model, self.run.training.model_name, self.tokenizer)

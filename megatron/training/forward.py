@@ -16,6 +16,7 @@ from megatron.core.random import DropoutStreams
 from megatron.core.tensor_parallel import vocab_parallel_cross_entropy
 from megatron.core.topology import Topology
 from megatron.data.loader import Batch
+from megatron.model.config import ModelConfig
 from megatron.model.stage import Stage
 from megatron.training.build import PipelineParts
 
@@ -81,6 +82,10 @@ class Pipeline:
         self.sequence_shards = topology.tp.size if sequence_parallel else 1
         self._executors: dict[tuple[bool, int], PipelineExecutor] = {}
 
+    @property
+    def model_config(self) -> ModelConfig:
+        return next(iter(self.parts.stages.values())).config
+
     def train(self, batches: Sequence[Batch], streams: Sequence[DropoutStreams]) -> LossSums:
         """Forward and backward over all micro-batches; the gradients are left to `DataParallel.finish_gradients`."""
         forward = MicrobatchForward(self.parts.stages, self.topology, batches, streams)
@@ -109,8 +114,7 @@ class Pipeline:
 
     def _wire(self, batch: Batch) -> Wire:
         micro_batch_size, seq_length = batch.tokens.shape
-        hidden_size = next(iter(self.parts.stages.values())).config.hidden_size
-        shape = (seq_length // self.sequence_shards, micro_batch_size, hidden_size)
+        shape = (seq_length // self.sequence_shards, micro_batch_size, self.model_config.hidden_size)
         return Wire(self.topology.pp, shape, self.compute_dtype, self.topology.device)
 
     def _before_backward(self, number: int, is_last: bool) -> None:

@@ -15,7 +15,7 @@ import torch
 from megatron.checkpoint.hf import carried_files
 from megatron.checkpoint.manager import check_architecture
 from megatron.checkpoint.source import RunState, Source, TokenizerIdentity
-from megatron.checkpoint.tokenizer_files import TOKENIZER_FOLDER, identity_of, tokenizer_files
+from megatron.checkpoint.tokenizer_files import TOKENIZER_FOLDER, tokenizer_files
 from megatron.config import RunConfig
 from megatron.core.data_parallel import DataParallelConfig
 from megatron.core.recompute import RecomputePolicy
@@ -90,7 +90,7 @@ def choose_device(run: RunConfig) -> torch.device:
     if wanted == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if wanted == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("--device cuda finds no GPU that this PyTorch can use; install a CUDA build, or --device cpu.")
+        raise ConfigError("--device cuda: this PyTorch finds no GPU; install its CUDA build, or give --device cpu.")
     return torch.device(wanted)
 
 

@@ -17,40 +17,28 @@ from functools import cache
 import pytest
 import torch
 import torch.nn.functional as F
-from distributed import run_distributed
-from reference import seeded, serial_stage, tiny_config
 from torch import Tensor
 
-from megatron.core.data_parallel import DataParallelConfig
-from megatron.core.layout import ParallelLayout
-from megatron.core.recompute import RecomputePolicy
+from distributed import run_distributed
+from megatron.core.random import DropoutStreams
 from megatron.core.sharding import Region
 from megatron.core.tensor_parallel import shard_specs
-from megatron.core.topology import Topology
-from megatron.data.loader import Batch
 from megatron.model.config import ModelConfig
-from megatron.model.stage import StageOptions
 from megatron.optimizer.config import OptimizerConfig
-from megatron.optimizer.optimizers import Optimizer
-from megatron.training.build import build_parts, fill_weights
-from megatron.training.forward import Pipeline
 from megatron.training.step import TrainStep
+from reference import seeded, serial_stage, tiny_config
+from training_runs import RECOMPUTE, SEQ_LENGTH, Layout, batches_of_rank, global_batch, make_step
 
-NUM_MICROBATCHES, MICRO_BATCH_SIZE, SEQ_LENGTH, NUM_STEPS = 8, 2, 16, 3
+NUM_STEPS = 3
 LEARNING_RATE, WEIGHT_DECAY, CLIP_GRAD = 1e-3, 0.1, 0.3
-ADAM = OptimizerConfig(lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY, adam_eps=1e-8, lr_decay_iters=NUM_STEPS)
-
-RECOMPUTE = {
-    "none": RecomputePolicy(),
-    "selective": RecomputePolicy("selective"),
-    "uniform": RecomputePolicy("full", "uniform", 2),
-    "block": RecomputePolicy("full", "block", 1),
-}
+ADAM = OptimizerConfig(
+    lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY, adam_eps=1e-8, lr_decay_iters=NUM_STEPS, clip_grad=CLIP_GRAD
+)
 
 
 @dataclass(frozen=True)
 class Case:
-    layout: tuple[int, int, int]  # tp, pp, dp
+    axes: tuple[int, int, int]  # tp, pp, dp
     sequence_parallel: bool
     zero_stage: int
     recompute: str
@@ -59,14 +47,13 @@ class Case:
     biases: bool
 
     @property
-    def world_size(self) -> int:
-        tp, pp, dp = self.layout
-        return tp * pp * dp
+    def layout(self) -> Layout:
+        return Layout(*self.axes, self.sequence_parallel, self.zero_stage, self.recompute, self.schedule)
 
     @property
     def is_possible(self) -> bool:
         """Sequence parallelism needs tensor ranks, and schedules differ only on several pipeline ranks."""
-        tp, pp, _ = self.layout
+        tp, pp, _ = self.axes
         return (tp > 1 or not self.sequence_parallel) and (pp > 1 or self.schedule == "1f1b")
 
     @property
@@ -80,14 +67,14 @@ class Case:
         )
 
     def __str__(self) -> str:
-        tp, pp, dp = self.layout
+        tp, pp, dp = self.axes
         flags = [f"tp{tp}pp{pp}dp{dp}", "sp" * self.sequence_parallel, f"zero{self.zero_stage}", self.recompute]
         return "-".join(filter(None, [*flags, self.schedule, "tied" * self.tied, "biases" * self.biases]))
 
 
-LAYOUTS = [(tp, pp, dp) for tp in (1, 2, 4) for pp in (1, 2, 4) for dp in (1, 2) if tp * pp * dp <= 8]
+AXES = [(tp, pp, dp) for tp in (1, 2, 4) for pp in (1, 2, 4) for dp in (1, 2) if tp * pp * dp <= 8]
 OPTIONS = {
-    "layout": LAYOUTS,
+    "axes": AXES,
     "sequence_parallel": [False, True],
     "zero_stage": [0, 1, 2, 3],
     "recompute": list(RECOMPUTE),
@@ -117,17 +104,6 @@ def covering_cases() -> list[Case]:
         chosen.append(best)
         missing -= set(pairs_of(best))
     return chosen
-
-
-def global_batch(step: int, vocab_size: int) -> list[Batch]:
-    """All micro-batches of a step. Their loss masks have different counts, and one is empty."""
-    generator = torch.Generator().manual_seed(100 + step)
-    batches = []
-    for index in range(NUM_MICROBATCHES):
-        tokens = torch.randint(vocab_size, (MICRO_BATCH_SIZE, SEQ_LENGTH + 1), generator=generator)
-        mask = (torch.rand(MICRO_BATCH_SIZE, SEQ_LENGTH, generator=generator) < index / NUM_MICROBATCHES).float()
-        batches.append(Batch(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous(), mask, None, index))
-    return batches
 
 
 @dataclass(frozen=True)
@@ -182,52 +158,22 @@ def parallel_runs(cases: list[Case]) -> list[tuple[list[float], list[Piece]]]:
 
 
 def parallel_run(case: Case) -> tuple[list[float], list[Piece]]:
-    tp, pp, dp = case.layout
-    topology = Topology.create(ParallelLayout(pp=pp, dp=dp, tp=tp))
-    config = case.config
-    options = StageOptions(
-        padded_vocab_size=-(-config.vocab_size // (8 * tp)) * 8 * tp,
-        sequence_parallel=case.sequence_parallel,
-        recompute=RECOMPUTE[case.recompute],
-    )
-    parts = build_parts(
-        config,
-        topology,
-        options,
-        DataParallelConfig(zero_stage=case.zero_stage, compute_dtype=torch.float64),
-        num_chunks=2 if case.schedule == "interleaved" else 1,
-        master_dtype=torch.float64,
-    )
-    shards = parts.data_parallel.shards
-    fill_weights(parts.data_parallel, topology, seeded(config))
-    pipeline = Pipeline(
-        parts,
-        topology,
-        schedule=case.schedule,
-        compute_dtype=torch.float64,
-        sequence_parallel=case.sequence_parallel,
-    )
-    step = TrainStep(pipeline, Optimizer(ADAM, shards), topology, clip_grad=CLIP_GRAD, seed=1)
-    first = one_gradient(step, topology, config)
-    losses = [
-        step.run(batches_of_rank(number, topology, config), number, LEARNING_RATE).loss for number in range(NUM_STEPS)
-    ]
+    step = make_step(case.config, case.layout, seeded(case.config), ADAM)
+    first = one_gradient(step)
+    losses = [step.run(batches_of_rank(number, step), number, LEARNING_RATE).loss for number in range(NUM_STEPS)]
     return losses, [
         Piece(region, gradient[region.local_slices].clone(), shard.tensor.detach()[region.local_slices].clone())
-        for shard, gradient in zip(shards, first, strict=True)
-        for region in shard.regions(topology.tp)
+        for shard, gradient in zip(step.data_parallel.shards, first, strict=True)
+        for region in shard.regions(step.topology.tp)
     ]
 
 
-def batches_of_rank(number: int, topology: Topology, config: ModelConfig) -> list[Batch]:
-    return global_batch(number, config.vocab_size)[topology.dp.rank :: topology.dp.size]
-
-
-def one_gradient(step: TrainStep, topology: Topology, config: ModelConfig) -> list[Tensor]:
+def one_gradient(step: TrainStep) -> list[Tensor]:
     """The gradient of the first mean loss, as `TrainStep` finishes it, with nothing updated."""
-    sums = step.pipeline.train(batches_of_rank(0, topology, config), [None] * (NUM_MICROBATCHES // topology.dp.size))
+    batches = batches_of_rank(0, step)
+    sums = step.pipeline.train(batches, [DropoutStreams(1, 0, batch.index) for batch in batches])
     result, _ = step.finish(sums)
-    gradients = [shard.tensor.grad / result.valid_tokens for shard in step.data_parallel.shards]
+    gradients = [shard.gradient / result.valid_tokens for shard in step.data_parallel.shards]
     step.data_parallel.refresh()
     step.data_parallel.zero_gradients()
     return gradients
@@ -253,7 +199,7 @@ def assert_close(actual: Tensor, whole: Tensor, where: tuple[slice, ...], what: 
 
 
 def run_and_check(cases: list[Case]) -> None:
-    ranks = run_distributed(parallel_runs, cases[0].world_size, cases, timeout_s=60 + 20 * len(cases))
+    ranks = run_distributed(parallel_runs, cases[0].layout.world_size, cases, timeout_s=60 + 20 * len(cases))
     for number, case in enumerate(cases):
         check(case, [results[number] for results in ranks])
 
@@ -261,8 +207,8 @@ def run_and_check(cases: list[Case]) -> None:
 def by_world_size(cases: list[Case], batch_size: int) -> list:
     """Cases in groups that share one set of processes."""
     params = []
-    for world_size in sorted({case.world_size for case in cases}):
-        same = [case for case in cases if case.world_size == world_size]
+    for world_size in sorted({case.layout.world_size for case in cases}):
+        same = [case for case in cases if case.layout.world_size == world_size]
         for start in range(0, len(same), batch_size):
             params.append(pytest.param(same[start : start + batch_size], id=f"world{world_size}-{start // batch_size}"))
     return params

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from megatron.core.collectives import reduce_from_ranks, scatter_sequence
 from megatron.core.sharding import Block, ShardSpec
@@ -13,6 +13,8 @@ from megatron.core.topology import Axis
 
 class VocabParallelEmbedding(ShardedModule):
     """tokens: [b, s] -> [s, b, h], or this rank's [s/tp, b, h] with sequence parallelism."""
+
+    weight: nn.Parameter
 
     def __init__(self, block: Block, *, axis: Axis, sequence_parallel: bool = False):
         super().__init__()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from megatron.core.sharding import ShardSpec
+from megatron.core.sharding import GradientKind, ShardSpec
 
 
 class ShardedModule(nn.Module):
@@ -19,6 +19,11 @@ class ShardedModule(nn.Module):
         """Registers an uninitialised parameter of the spec's local shape under `name`."""
         self.specs[name] = spec
         self.register_parameter(name, nn.Parameter(torch.empty(spec.local_shape(tp_size))))
+
+
+def replicated_gradient(sequence_parallel: bool) -> GradientKind:
+    """The gradient of a parameter that all tensor ranks hold: each sees only its part of a cut sequence."""
+    return "partial" if sequence_parallel else "complete"
 
 
 def shard_specs(module: nn.Module) -> dict[str, ShardSpec]:
