@@ -7,11 +7,12 @@ import difflib
 import re
 import sys
 from collections.abc import Collection, Mapping, Sequence
-from typing import Any, NoReturn
+from types import MappingProxyType
+from typing import Any, Final, NoReturn
 
 from megatron.errors import ConfigError
 
-_KINDS = {int: "an integer", float: "a number"}
+_KINDS: Final[Mapping[type, str]] = MappingProxyType({int: "an integer", float: "a number"})
 _OF_TORCHRUN = ("nproc_per_node", "n_proc_per_node", "nnodes", "nodes", "node_rank", "master_addr", "master_port")
 
 

@@ -12,8 +12,7 @@ from megatron.data.gpt import GPTDataset
 from megatron.data.indexed import IndexedDataset
 from megatron.data.preprocess import tokenize_file
 from megatron.data.source import check_vocabulary, open_data
-from megatron.data.splits import SPLIT_NAMES, build_gpt_splits
-from megatron.errors import ConfigError
+from megatron.data.splits import SPLIT_NAMES, build_gpt_splits, parse_split, split_documents
 from megatron.tokenizer import Tokenizer
 
 
@@ -97,26 +96,9 @@ def _whole(indexed: IndexedDataset, run: RunConfig, num_samples: int) -> GPTData
 
 def _num_test_samples(indexed: IndexedDataset, run: RunConfig, wanted: int) -> int:
     """The default split leaves small corpora without test documents; then there is no test, and that is no error."""
-    from megatron.data.splits import parse_split, split_documents
-
     *_, test_documents = split_documents(parse_split(run.data.split), len(indexed))
     return wanted if len(test_documents) else 0
 
 
 def _cache_path(run: RunConfig) -> Path | None:
     return None if run.data.data_cache_path is None else Path(run.data.data_cache_path)
-
-
-def check_save_folder(save: str | None) -> None:
-    """Raises ConfigError if nothing can be written to --save."""
-    if save is None:
-        return
-    try:
-        Path(save).mkdir(parents=True, exist_ok=True)
-        probe = Path(save) / ".writable"
-        probe.touch()
-        probe.unlink(missing_ok=True)
-    except OSError as error:
-        raise ConfigError(
-            f"--save {save} cannot be written to ({error.strerror}); give a folder that every host can write to."
-        ) from error

@@ -12,6 +12,7 @@ from megatron.core.pipeline.executor import PipelineExecutor
 from megatron.core.pipeline.lowering import lower
 from megatron.core.pipeline.p2p import Wire
 from megatron.core.pipeline.schedules import ScheduleName, build_schedule, forward_only
+from megatron.core.pipeline.validation import validate
 from megatron.core.random import DropoutStreams
 from megatron.core.tensor_parallel import vocab_parallel_cross_entropy
 from megatron.core.topology import Topology
@@ -109,6 +110,7 @@ class Pipeline:
                 )
             else:
                 schedule = forward_only(placement, num_microbatches)
+            validate(schedule)
             self._executors[key] = PipelineExecutor(lower(schedule), self.topology.pp.rank)
         return self._executors[key]
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from megatron.checkpoint.commit import check_save_folder
 from megatron.checkpoint.hf import carried_files
 from megatron.checkpoint.manager import check_architecture
 from megatron.checkpoint.source import RunState, Source, TokenizerIdentity
@@ -28,7 +29,7 @@ from megatron.optimizer.optimizers import Optimizer
 from megatron.tokenizer import Tokenizer
 from megatron.training.build import PipelineParts, build_parts, fill_weights
 from megatron.training.checkpointing import Progress, RunCheckpoints
-from megatron.training.datasets import RunDatasets, build_datasets, check_save_folder, describe_continuation
+from megatron.training.datasets import RunDatasets, build_datasets, describe_continuation
 from megatron.training.forward import Pipeline
 from megatron.training.sinks import MetricsLog
 from megatron.training.step import TrainStep
@@ -43,7 +44,8 @@ def train(run: RunConfig, tokenizer: Tokenizer, source: Source | None) -> None:
 
     What can be checked by each process alone is checked before the process group exists.
     """
-    check_save_folder(run.checkpoint.save)
+    if run.checkpoint.save is not None:
+        check_save_folder(Path(run.checkpoint.save))
     if source is not None:
         check_architecture(source.path, source.model_config(), run.model)
     datasets = build_datasets(run, tokenizer)
@@ -72,7 +74,7 @@ def train(run: RunConfig, tokenizer: Tokenizer, source: Source | None) -> None:
         clip_grad=run.optimizer.clip_grad,
         seed=run.training.seed,
     )
-    log = MetricsLog(run, is_main=topology.world.is_first, resumed_at=progress.iteration or None)
+    log = MetricsLog(run, device=device, is_main=topology.world.is_first, resumed_at=progress.iteration or None)
     if topology.world.is_first:
         if run.checkpoint.save is not None:
             write_config(run, Path(run.checkpoint.save))

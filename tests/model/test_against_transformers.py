@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from reference import logical_name, logits_of, seeded, serial_stage, tiny_config, transformers_llama
 
 from megatron.model.config import RopeScaling
+from reference import logical_name, logits_of, seeded, serial_stage, tiny_config, transformers_llama
 
 VARIANTS = {
     "plain": {},

@@ -58,16 +58,17 @@ class PipelineExecutor:
         if torch.is_grad_enabled():
             state.live[action.stage, action.microbatch] = (stage_input, output)
         if action.stage < self.num_stages - 1:
-            state.values[Value(False, action.stage, action.microbatch)] = output.detach()
+            assert action.produces is not None
+            state.values[action.produces] = output.detach()
 
     def _backward(self, action: Action, state: _RunState) -> None:
         stage_input, output = state.live.pop((action.stage, action.microbatch))
-        is_last = action.stage == self.num_stages - 1
-        gradient = None if is_last else state.take(Value(True, action.stage + 1, action.microbatch))
+        required = action.requires(self.num_stages)
+        gradient = state.take(required) if required is not None and required.is_gradient else None
         torch.autograd.backward(output, gradient)
         if stage_input is not None:
-            assert stage_input.grad is not None
-            state.values[Value(True, action.stage, action.microbatch)] = stage_input.grad
+            assert stage_input.grad is not None and action.produces is not None
+            state.values[action.produces] = stage_input.grad
 
 
 @dataclass
@@ -89,14 +90,12 @@ class _RunState:
         return tensor
 
     def send(self, action: Action, peer: int) -> None:
-        tensor = self.values.pop(Value(action.kind is ActionKind.SEND_B, action.stage, action.microbatch)).contiguous()
+        tensor = self.values.pop(action.carries).contiguous()
         self.leaving = [(sent, work) for sent, work in self.leaving if not work.is_completed()]
         self.leaving.append((tensor, self.wire.send(tensor, peer)))
 
     def receive(self, action: Action, peer: int) -> None:
-        sent = action.counterpart
-        value = Value(action.kind is ActionKind.RECV_B, sent.stage, sent.microbatch)
-        self.arriving[value] = self.wire.receive(peer)
+        self.arriving[action.carries] = self.wire.receive(peer)
 
     def finish(self) -> None:
         for _, work in self.leaving:
