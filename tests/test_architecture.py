@@ -1,4 +1,4 @@
-"""The levels of ARCHITECTURE.md, purity, and the absence of module-level state, read from the sources."""
+"""The levels of docs/design/architecture.md, purity, and the absence of module-level state, read from the sources."""
 
 from __future__ import annotations
 

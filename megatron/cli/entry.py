@@ -22,7 +22,7 @@ def run_main(main: Callable[[list[str]], None], argv: Sequence[str] | None = Non
     """Runs `main` with the arguments (default: the command line's), and leaves with status 2 on a MegatronError.
 
     An error that all ranks share is printed once per host, by local rank 0; one that only this rank can see
-    is printed by it, with its number. Any other exception is a bug and keeps its traceback.
+    is printed by it, with its number, at once if it says so, else when local rank 0 turns out not to have failed. Any other exception is a bug and keeps its traceback.
     """
     try:
         main(list(sys.argv[1:] if argv is None else argv))
@@ -56,6 +56,8 @@ def _report(error: MegatronError) -> None:
         print(line, file=sys.stderr, flush=True)
     else:
         time.sleep(LOCAL_RANK_0_GRACE_S)
+        # Still here: local rank 0 has not failed, so this process is the only one that knows.
+        print(f"[rank {launch.rank}] {line}", file=sys.stderr, flush=True)
 
 
 def _launch_environment() -> LaunchEnvironment:

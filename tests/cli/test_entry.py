@@ -42,12 +42,13 @@ def test_local_rank_0_prints_a_shared_error_once_and_leaves_with_status_2(rank, 
     assert capsys.readouterr().err == "ConfigError: --lr -1 is negative; use 0 or more.\n"
 
 
-def test_the_other_ranks_are_silent_and_leave_later_so_that_the_launcher_does_not_end_rank_0_first(on_rank, capsys):
+def test_the_other_ranks_wait_for_the_launcher_to_end_them_and_speak_if_it_does_not(on_rank, capsys):
+    """The launcher ends them as soon as local rank 0 failed too; if it did not, nobody else knows of the error."""
     pauses = on_rank(3)
     with pytest.raises(SystemExit) as caught:
         run_main(fails_with(ConfigError("x")), [])
     assert caught.value.code == 2
-    assert capsys.readouterr().err == ""
+    assert capsys.readouterr().err == "[rank 3] ConfigError: x\n"
     assert pauses == [entry.LOCAL_RANK_0_GRACE_S]
 
 
