@@ -47,7 +47,7 @@ class ArgumentParser(argparse.ArgumentParser):
         namespace, strays = self.parse_known_args(typed, namespace)
         self._refuse_unknown(_flags_in(strays))
         if strays:
-            raise ConfigError(_describe_stray(strays[0], typed))
+            raise ConfigError(self._describe_stray(strays[0], typed))
         return namespace
 
     def parse_known_args(self, args=None, namespace=None):  # type: ignore[no-untyped-def]
@@ -80,6 +80,28 @@ class ArgumentParser(argparse.ArgumentParser):
         for flag in flags:
             if flag not in self._option_string_actions and _name(flag) not in known:
                 raise ConfigError(describe_unknown_flag(flag, known, self._refused))
+
+    def _describe_stray(self, stray: str, typed: Sequence[str]) -> str:
+        """Names the flag that a value without a flag was typed after."""
+        if stray.startswith("-"):
+            return f"{stray} is not a flag of this program: flags begin with two dashes; --help lists them all."
+        # The same text may be some other flag's value.
+        positions = [i for i, token in enumerate(typed) if token == stray]
+        position = next((i for i in positions if not self._belongs_to_flag(typed, i)), positions[0])
+        start = _last_flag(typed[:position])
+        if start is None:
+            return f"{stray!r} belongs to no flag; remove it, or write the flag before it."
+        phrase = " ".join(typed[start:position])
+        return f"{stray!r} after {phrase!r} belongs to no flag: {phrase!r} is complete without it; remove {stray!r}."
+
+    def _belongs_to_flag(self, typed: Sequence[str], position: int) -> bool:
+        """Whether the flag before `position` takes as many values as there are up to it."""
+        start = _last_flag(typed[:position])
+        if start is None or "=" in typed[start]:
+            return False
+        action = self._option_string_actions.get(self._respell([typed[start]])[0])
+        takes = 1 if action is None or action.nargs is None else action.nargs
+        return not isinstance(takes, int) or position - start <= takes
 
     def _get_value(self, action: argparse.Action, arg_string: str) -> Any:
         try:
@@ -126,13 +148,5 @@ def _flags_in(tokens: Sequence[str]) -> list[str]:
     return [token.partition("=")[0] for token in tokens[:end] if token.startswith("--")]
 
 
-def _describe_stray(stray: str, typed: Sequence[str]) -> str:
-    """Names the flag that a value without a flag was typed after."""
-    before = list(typed[: typed.index(stray)]) if stray in typed else []
-    starts = [i for i, token in enumerate(before) if token.startswith("--")]
-    if stray.startswith("-"):
-        return f"{stray} is not a flag of this program: flags begin with two dashes; --help lists them all."
-    if not starts:
-        return f"{stray!r} belongs to no flag; remove it, or write the flag before it."
-    phrase = " ".join(before[starts[-1] :])
-    return f"{stray!r} after {phrase!r} belongs to no flag: {phrase!r} is complete without it; remove {stray!r}."
+def _last_flag(tokens: Sequence[str]) -> int | None:
+    return max((i for i, token in enumerate(tokens) if token.startswith("--")), default=None)

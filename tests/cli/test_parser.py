@@ -78,6 +78,12 @@ def test_a_value_after_a_complete_flag_is_named_with_the_flag():
     )
 
 
+def test_a_stray_value_is_not_mistaken_for_the_same_value_of_another_flag():
+    for before in (["--micro_batch_size", "5"], ["--micro-batch-size", "5"]):
+        with pytest.raises(ConfigError, match="^'5' after '--lr_decay_style cosine' belongs to no flag"):
+            make_parser().parse_args([*before, "--lr_decay_style", "cosine", "5"])
+
+
 def test_a_refused_flag_is_answered_with_its_own_reason_in_both_spellings():
     parser = make_parser(refused={"use_post_ln": "is gone; leave it out."})
     for flag in ("--use_post_ln", "--use-post-ln"):
