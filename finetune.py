@@ -26,11 +26,13 @@ def main(argv: list[str]) -> None:
     takes_arguments = typed.section("checkpoint").get("use_checkpoint_args", False)
     arguments = checkpoint_arguments(source) if source is not None and takes_arguments else None
     tokenizer_config = resolve_tokenizer(typed, arguments)
-    if arguments is None:
+    if source is None:
         tokenizer = build_tokenizer(tokenizer_config)
+        vocab_size = tokenizer.vocab_size
     else:
-        tokenizer = fit_to_vocabulary(tokenizer_config, arguments.model.vocab_size)
-    run = resolve(typed, launch.world_size, checkpoint=arguments, tokenizer_vocab_size=tokenizer.vocab_size)
+        vocab_size = source.model_config().vocab_size
+        tokenizer = fit_to_vocabulary(tokenizer_config, vocab_size)
+    run = resolve(typed, launch.world_size, checkpoint=arguments, tokenizer_vocab_size=vocab_size)
     train(run, tokenizer, source)
 
 
@@ -38,13 +40,15 @@ def open_load(typed: TypedFlags) -> Source | None:
     """What --load names. A run that saves where it loads from starts anew while there is nothing to continue."""
     flags = typed.section("checkpoint")
     load, save, iteration = flags.get("load"), flags.get("save"), flags.get("load_iters")
-    if load is None or (load == save and iteration is None and _holds_nothing(Path(str(load)))):
+    if not isinstance(load, str):
         return None
-    return open_source(Path(str(load)), iteration if isinstance(iteration, int) else None)
+    if isinstance(save, str) and Path(save) == Path(load) and iteration is None and _holds_nothing(Path(load)):
+        return None
+    return open_source(Path(load), iteration if isinstance(iteration, int) else None)
 
 
 def _holds_nothing(folder: Path) -> bool:
-    return not folder.exists() or not any(folder.glob("iter_*"))
+    return not any(folder.glob("iter_*")) and not (folder / "config.json").exists()
 
 
 if __name__ == "__main__":

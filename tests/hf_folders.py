@@ -44,14 +44,17 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 
 def save_llama(
-    folder: Path, *, dtype: torch.dtype = torch.float32, max_shard_size: str = "5GB", **overrides: Any
+    folder: Path, *, dtype: torch.dtype = torch.float32, max_shard_size: str = "5GB", std: float = 1.0, **overrides: Any
 ) -> Path:
-    """A Llama whose every tensor is random: norms and biases too, which transformers starts at one and zero."""
+    """A Llama whose every tensor is random: norms and biases too, which transformers starts at one and zero.
+
+    With a standard deviation of 1 every softmax is nearly a choice; compare functions with a smaller one.
+    """
     torch.manual_seed(0)
     model = LlamaForCausalLM(LlamaConfig(**{**SIZES, **overrides})).to(dtype)
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter.normal_()
+            parameter.normal_(std=std)
     model.save_pretrained(folder, max_shard_size=max_shard_size)
     return folder
 

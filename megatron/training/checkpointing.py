@@ -9,7 +9,7 @@ from typing import cast
 
 from torch import Tensor
 
-from megatron.checkpoint.manager import check_architecture, load, save
+from megatron.checkpoint.manager import load, save
 from megatron.checkpoint.source import JSON, MODEL, CheckpointInfo, LocalTensor, RunState, Source, TokenizerIdentity
 from megatron.config import RunConfig
 from megatron.core.data_parallel import DataParallel, Shard
@@ -24,6 +24,19 @@ class Progress:
 
     iteration: int = 0
     consumed_samples: int = 0
+
+
+def resume_point(run: RunConfig, source: Source | None) -> Progress:
+    """Where the run continues: at its start without a checkpoint, from bare weights, and with --finetune.
+
+    Raises CheckpointError if the checkpoint lacks the optimizer's state that the run goes on with.
+    """
+    state = None if source is None else source.state()
+    if source is None or state is None or state.iteration == 0 or run.checkpoint.finetune:
+        return Progress()
+    if run.checkpoint.load_optim:
+        _check_optimizer(source.path, state, run.optimizer.optimizer)
+    return Progress(state.iteration, state.consumed_samples)
 
 
 class RunCheckpoints:
@@ -50,17 +63,13 @@ class RunCheckpoints:
 
     def load_weights(self, source: Source) -> None:
         """Fills the masters of this rank from `source`."""
-        check_architecture(source.path, source.model_config(), self.run.model)
         load(source, [self._whole(MODEL, shard, shard.tensor.detach()) for shard in self._shards], self.topology.world)
         self.data_parallel.refresh()
 
-    def load_optimizer(self, source: Source, state: RunState) -> None:
-        """Fills the optimizer's state from `source`, which a run with the same optimizer saved."""
-        if state.optimizer.get("name") != self.run.optimizer.optimizer:
-            raise CheckpointError(
-                f"{source.path} holds the state of optimizer {state.optimizer.get('name')}, and --optimizer is "
-                f"{self.run.optimizer.optimizer}; give that one, or --no_load_optim to start with a fresh state."
-            )
+    def load_optimizer(self, source: Source) -> None:
+        """Fills the optimizer's state from `source`, which `resume_point` has found to have it."""
+        state = source.state()
+        assert state is not None
         tensors = [
             self._whole(f"optimizer.{name}", shard, tensor)
             for shard in self._shards
@@ -105,13 +114,37 @@ class RunCheckpoints:
             seed=self.run.training.seed,
             optimizer=self._optimizer_facts(),
             scheduler={"iteration": progress.iteration},
-            config={**cast(Mapping[str, JSON], self.run.to_dict()), **self.carried},
+            config={**self._config(), **self.carried},
             data={"num_samples": dict(self.num_samples)},
         )
         return CheckpointInfo(state, self.run.model, self.run.training.model_name, self.tokenizer)
+
+    def _config(self) -> Mapping[str, JSON]:
+        """The run's configuration, its tokenizer that which lies beside the checkpoints: the original may move."""
+        config = cast(dict[str, Mapping[str, JSON]], self.run.to_dict())
+        if self.tokenizer.tokenizer_model:
+            config["tokenizer"] = {
+                **config["tokenizer"],
+                "tokenizer_model": self.tokenizer.tokenizer_model,
+                "vocab_file": None,
+            }
+        return config
 
     def _optimizer_facts(self) -> Mapping[str, JSON]:
         """Empty where the optimizer's state is not saved."""
         if not self.run.checkpoint.save_optim:
             return {}
         return {"name": self.run.optimizer.optimizer, "num_steps": self.optimizer.num_steps}
+
+
+def _check_optimizer(path: Path, state: RunState, optimizer: str) -> None:
+    if not state.optimizer:
+        raise CheckpointError(
+            f"{path} was saved without the optimizer's state, so its run cannot be continued exactly; "
+            "give --no_load_optim to go on with a fresh state, or --finetune to start a new run from its weights."
+        )
+    if state.optimizer.get("name") != optimizer:
+        raise CheckpointError(
+            f"{path} holds the state of optimizer {state.optimizer.get('name')}, and --optimizer is {optimizer}; "
+            "give that one, or --no_load_optim to start with a fresh state."
+        )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
@@ -14,31 +14,33 @@ from megatron.data.preprocess import tokenize_file
 from megatron.data.source import check_vocabulary, open_data
 from megatron.data.splits import SPLIT_NAMES, build_gpt_splits, parse_split, split_documents
 from megatron.tokenizer import Tokenizer
+from megatron.training.checkpointing import Progress
 
 
 @dataclass(frozen=True)
 class RunDatasets:
-    """`validation` and `test` are None where the run never evaluates, or has no documents to test on."""
+    """`validation` and `test` are None where the run never evaluates, or has no documents to test on.
+
+    `num_samples` is how many of each were asked for. A checkpoint records it, because the order of training
+    samples depends on it; the datasets may have more, up to a whole epoch.
+    """
 
     train: GPTDataset
     validation: GPTDataset | None
     test: GPTDataset | None
-
-    @property
-    def num_samples(self) -> Mapping[str, int]:
-        """What a checkpoint records: the order of training samples depends on their number."""
-        named = zip(SPLIT_NAMES, (self.train, self.validation, self.test), strict=True)
-        return {name: len(dataset) for name, dataset in named if dataset is not None}
+    num_samples: Mapping[str, int] = field(default_factory=dict)
 
 
-def build_datasets(run: RunConfig, tokenizer: Tokenizer) -> RunDatasets:
+def build_datasets(run: RunConfig, tokenizer: Tokenizer, start: Progress) -> RunDatasets:
     """Opens the data, checks its ids against the vocabulary, and builds or finds the sample indices.
 
-    Raises DataError or ConfigError, alike on all ranks. Validation always reads the same samples, so that
-    its losses can be compared.
+    The global batch size may have changed at `start`, so the samples are those consumed and those to come. Raises
+    DataError or ConfigError, alike on all ranks. Validation always reads the same samples, so that its losses can
+    be compared.
     """
     data, training = run.data, run.training
-    num_train = training.train_iters * training.global_batch_size
+    num_to_come = max(0, training.train_iters - start.iteration) * training.global_batch_size
+    num_train = start.consumed_samples + num_to_come
     num_eval = training.eval_iters * training.global_batch_size
     if data.data_path:
         indexed = _open(data.data_path[0], run, tokenizer)
@@ -52,22 +54,27 @@ def build_datasets(run: RunConfig, tokenizer: Tokenizer) -> RunDatasets:
             cache_path=_cache_path(run),
         )
         assert train is not None
-        return RunDatasets(train, validation, test)
+        return RunDatasets(train, validation, test, dict(zip(SPLIT_NAMES, wanted, strict=True)))
     sources = (data.train_data_path, data.valid_data_path, data.test_data_path)
+    wanted = (num_train, num_eval, num_eval)
     train, validation, test = (
         _whole(_open(paths[0], run, tokenizer), run, count) if paths and count else None
-        for paths, count in zip(sources, (num_train, num_eval, num_eval), strict=True)
+        for paths, count in zip(sources, wanted, strict=True)
     )
     assert train is not None
-    return RunDatasets(train, validation, test)
+    return RunDatasets(train, validation, test, dict(zip(SPLIT_NAMES, wanted, strict=True)))
 
 
-def describe_continuation(dataset: GPTDataset, recorded_samples: int | None) -> str | None:
-    """What to tell a user whose run has another length than the one it continues; None if nothing changes."""
-    if recorded_samples is None or dataset.has_same_order_for(recorded_samples):
+def describe_continuation(datasets: RunDatasets, recorded: Mapping[str, object]) -> str | None:
+    """What to tell a user whose run has another length than the one it continues; None if nothing changes.
+
+    `recorded` is the `num_samples` of the run that is continued.
+    """
+    before, now = recorded.get(SPLIT_NAMES[0]), datasets.num_samples[SPLIT_NAMES[0]]
+    if not isinstance(before, int) or datasets.train.has_same_order_for(before):
         return None
     return (
-        f"the checkpoint's run was laid out for {recorded_samples} samples and this one for {len(dataset)}: "
+        f"the checkpoint's run was laid out for {before} samples and this one for {now}: "
         "the order of the samples changes, so some of this epoch's may come twice and some not at all"
     )
 

@@ -6,29 +6,31 @@ import importlib.util
 import logging
 import os
 import shutil
+from collections.abc import Mapping
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
 
 import torch
 
+from megatron.checkpoint.agreement import on_first_rank
 from megatron.checkpoint.commit import check_save_folder
 from megatron.checkpoint.hf import carried_files
 from megatron.checkpoint.manager import check_architecture
-from megatron.checkpoint.source import RunState, Source, TokenizerIdentity
+from megatron.checkpoint.source import Source, TokenizerIdentity
 from megatron.checkpoint.tokenizer_files import TOKENIZER_FOLDER, tokenizer_files
 from megatron.config import RunConfig
 from megatron.core.data_parallel import DataParallelConfig
 from megatron.core.recompute import RecomputePolicy
 from megatron.core.topology import Topology
-from megatron.errors import CheckpointError, ConfigError
+from megatron.errors import ConfigError
 from megatron.model.attention import AttentionKernel, flash_attention, sdpa_attention
 from megatron.model.init import initial_value
 from megatron.model.stage import StageOptions
 from megatron.optimizer.optimizers import Optimizer
 from megatron.tokenizer import Tokenizer
 from megatron.training.build import PipelineParts, build_parts, fill_weights
-from megatron.training.checkpointing import Progress, RunCheckpoints
+from megatron.training.checkpointing import Progress, RunCheckpoints, resume_point
 from megatron.training.datasets import RunDatasets, build_datasets, describe_continuation
 from megatron.training.forward import Pipeline
 from megatron.training.sinks import MetricsLog
@@ -44,12 +46,13 @@ def train(run: RunConfig, tokenizer: Tokenizer, source: Source | None) -> None:
 
     What can be checked by each process alone is checked before the process group exists.
     """
+    device = choose_device(run)
     if run.checkpoint.save is not None:
         check_save_folder(Path(run.checkpoint.save))
     if source is not None:
         check_architecture(source.path, source.model_config(), run.model)
-    datasets = build_datasets(run, tokenizer)
-    device = choose_device(run)
+    start = resume_point(run, source)
+    datasets = build_datasets(run, tokenizer, start)
     kernel = choose_kernel(run, device)
     _make_deterministic(run)
     timeout = timedelta(minutes=run.training.distributed_timeout_minutes)
@@ -66,7 +69,7 @@ def train(run: RunConfig, tokenizer: Tokenizer, source: Source | None) -> None:
         num_samples=datasets.num_samples,
         carried={} if source is None else carried_files(source),
     )
-    progress = _restore(run, topology, parts, checkpoints, source)
+    _restore(run, topology, parts, checkpoints, source, start)
     step = TrainStep(
         _pipeline(run, topology, parts),
         optimizer,
@@ -74,14 +77,14 @@ def train(run: RunConfig, tokenizer: Tokenizer, source: Source | None) -> None:
         clip_grad=run.optimizer.clip_grad,
         seed=run.training.seed,
     )
-    log = MetricsLog(run, device=device, is_main=topology.world.is_first, resumed_at=progress.iteration or None)
+    log = MetricsLog(run, device=device, is_main=topology.world.is_first, resumed_at=start.iteration or None)
     if topology.world.is_first:
         if run.checkpoint.save is not None:
             write_config(run, Path(run.checkpoint.save))
         log.message(startup_summary(run, parts.layers, kernel=kernel.__name__, device=device, datasets=datasets))
-        for note in _notes(datasets, source, run):
+        for note in _notes(datasets, source, start, run):
             log.message(f"note: {note}")
-    Trainer(run, topology, step, datasets, checkpoints, log).fit(progress)
+    Trainer(run, topology, step, datasets, checkpoints, log).fit(start)
     log.close()
     topology.close()
 
@@ -148,24 +151,20 @@ def _compute_dtype(run: RunConfig) -> torch.dtype:
 
 
 def _restore(
-    run: RunConfig, topology: Topology, parts: PipelineParts, checkpoints: RunCheckpoints, source: Source | None
-) -> Progress:
-    """Fills weights, and the optimizer's state where the run continues; returns where it continues."""
+    run: RunConfig,
+    topology: Topology,
+    parts: PipelineParts,
+    checkpoints: RunCheckpoints,
+    source: Source | None,
+    start: Progress,
+) -> None:
+    """Fills weights, and the optimizer's state where the run continues."""
     if source is None:
         fill_weights(parts.data_parallel, topology, partial(initial_value, run.model, run.training.seed))
-        return Progress()
+        return
     checkpoints.load_weights(source)
-    state = source.state()
-    if state is None or state.iteration == 0 or run.checkpoint.finetune:
-        return Progress()
-    if run.checkpoint.load_optim:
-        if not state.optimizer:
-            raise CheckpointError(
-                f"{source.path} was saved without the optimizer's state, so its run cannot be continued exactly; "
-                "give --no_load_optim to go on with a fresh state, or --finetune to start a new run from its weights."
-            )
-        checkpoints.load_optimizer(source, state)
-    return Progress(state.iteration, state.consumed_samples)
+    if start.iteration and run.checkpoint.load_optim:
+        checkpoints.load_optimizer(source)
 
 
 def _keep_tokenizer(run: RunConfig, tokenizer: Tokenizer, topology: Topology) -> TokenizerIdentity:
@@ -176,23 +175,30 @@ def _keep_tokenizer(run: RunConfig, tokenizer: Tokenizer, topology: Topology) ->
     if save is None:
         return TokenizerIdentity(tokenizer.name, path, tokenizer.identity.file_sha256)
     folder = Path(save) / TOKENIZER_FOLDER
-    if topology.world.is_first:
-        folder.mkdir(parents=True, exist_ok=True)
-        for name, file in tokenizer_files(Path(path)).items():
-            if file.resolve() != (folder / name).resolve():
-                shutil.copyfile(file, folder / name)
+    on_first_rank(topology.world, lambda: _copy_files(tokenizer_files(Path(path)), folder))
     return TokenizerIdentity(tokenizer.name, str(folder.absolute()), tokenizer.identity.file_sha256)
 
 
-def _notes(datasets: RunDatasets, source: Source | None, run: RunConfig) -> list[str]:
+def _copy_files(files: Mapping[str, Path], folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, file in files.items():
+        if file.resolve() != (folder / name).resolve():
+            shutil.copyfile(file, folder / name)
+
+
+def _notes(datasets: RunDatasets, source: Source | None, start: Progress, run: RunConfig) -> list[str]:
     """What a user should know who continues a run."""
-    state: RunState | None = None if source is None else source.state()
-    if state is None or state.iteration == 0 or run.checkpoint.finetune:
+    state = None if source is None else source.state()
+    if state is None or start.iteration == 0:
         return []
     notes = []
+    if start.iteration >= run.training.train_iters:
+        notes.append(
+            f"the checkpoint is of iteration {start.iteration}, and --train_iters {run.training.train_iters} asks for "
+            "no more: nothing is trained"
+        )
     recorded = state.data.get("num_samples")
-    recorded_samples = recorded.get("train") if isinstance(recorded, dict) else None
-    continuation = describe_continuation(datasets.train, recorded_samples)
+    continuation = describe_continuation(datasets, recorded if isinstance(recorded, Mapping) else {})
     if continuation is not None:
         notes.append(continuation)
     if state.seed is not None and state.seed != run.training.seed:

@@ -46,7 +46,8 @@ class Trainer:
             self.run.training.train_iters,
             StepClock(self.run, self.topology.device, progress.iteration),
         )
-        saved = progress
+        # What was loaded from elsewhere is not saved yet, even if there is nothing to train.
+        saved = progress if self.run.checkpoint.load == self.run.checkpoint.save else None
         loader = StepLoader(
             self.datasets.train, progress.consumed_samples, num_workers=self.run.data.num_workers, **self._batching
         )
@@ -61,8 +62,8 @@ class Trainer:
                 if reason:
                     self.log.message(f"{reason} at iteration {progress.iteration}: leaving")
                     return progress
-        if saved != progress:
-            self._save(progress)
+            if saved != progress:
+                self._save(progress)
         self._evaluate_at_end(progress)
         return progress
 
