@@ -10,7 +10,7 @@ from pathlib import Path
 
 from megatron.checkpoint.manager import open_source
 from megatron.checkpoint.source import Source
-from megatron.cli import leave, run_main
+from megatron.cli import run_and_leave
 from megatron.config import TypedFlags, checkpoint_arguments, parse_run, resolve, resolve_tokenizer
 from megatron.core.topology import launch_environment
 from megatron.tokenizer import build_tokenizer, fit_to_vocabulary
@@ -52,5 +52,4 @@ def _holds_nothing(folder: Path) -> bool:
 
 
 if __name__ == "__main__":
-    run_main(main)
-    leave()
+    run_and_leave(main)

@@ -25,7 +25,7 @@ from megatron.checkpoint.agreement import on_every_rank
 from megatron.checkpoint.hf import HuggingFaceSource
 from megatron.checkpoint.manager import load, open_source
 from megatron.checkpoint.source import MODEL, LocalTensor, Source
-from megatron.cli import ArgumentParser, leave, run_main
+from megatron.cli import ArgumentParser, run_and_leave
 from megatron.config import RunConfig, TypedFlags, checkpoint_arguments, parse_run, resolve
 from megatron.core.data_parallel import DataParallelConfig
 from megatron.core.topology import Topology, launch_environment
@@ -257,5 +257,4 @@ def _judge(result: Comparison, tolerance: float) -> tuple[bool, str]:
 
 
 if __name__ == "__main__":
-    run_main(main)
-    leave()
+    run_and_leave(main)

@@ -22,7 +22,8 @@ def run_main(main: Callable[[list[str]], None], argv: Sequence[str] | None = Non
     """Runs `main` with the arguments (default: the command line's), and leaves with status 2 on a MegatronError.
 
     An error that all ranks share is printed once per host, by local rank 0; one that only this rank can see
-    is printed by it, with its number, at once if it says so, else when local rank 0 turns out not to have failed. Any other exception is a bug and keeps its traceback.
+    is printed by it, with its number, at once if it says so, else when local rank 0 turns out not to have failed.
+    Any other exception is a bug and keeps its traceback.
     """
     try:
         main(list(sys.argv[1:] if argv is None else argv))
@@ -31,14 +32,19 @@ def run_main(main: Callable[[list[str]], None], argv: Sequence[str] | None = Non
         sys.exit(error.EXIT_STATUS)
 
 
-def leave() -> NoReturn:
-    """Ends a distributed command that has succeeded, without tearing down the interpreter.
+def run_and_leave(main: Callable[[list[str]], None]) -> NoReturn:
+    """`run_main` for a command that starts a process group: its end does not tear down the interpreter.
 
     gloo's threads abort a process now and then when they outlive the modules they use.
     """
+    status = 0
+    try:
+        run_main(main)
+    except SystemExit as end:
+        status = end.code if isinstance(end.code, int) else int(end.code is not None)
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(0)
+    os._exit(status)
 
 
 def warn(message: str) -> None:

@@ -1,4 +1,8 @@
-"""SIGTERM asks a run to save and leave; all ranks agree on it between two steps."""
+"""SIGTERM asks a run to save and leave; all ranks agree on it between two steps.
+
+torchrun passes SIGTERM on to its workers and kills them 30 s later. A save that takes longer than what the current
+step leaves of them is lost as a whole: the checkpoint before it stays the latest.
+"""
 
 from __future__ import annotations
 

@@ -1,5 +1,8 @@
 """How a command ends: its exit status, and who prints what."""
 
+import subprocess
+import sys
+
 import pytest
 
 from megatron.cli import entry, run_main, warn
@@ -59,6 +62,29 @@ def test_an_error_of_one_rank_is_printed_by_it_at_once_with_its_number(on_rank, 
     assert caught.value.code == 2
     assert capsys.readouterr().err == "[rank 5] CheckpointError: shard damaged.\n"
     assert pauses == []
+
+
+@pytest.mark.parametrize(
+    ("ending", "status", "error"),
+    [
+        ("pass", 0, ""),
+        ("raise ConfigError('x')", 2, "ConfigError: x\n"),
+        ("sys.exit(3)", 3, ""),
+        ("sys.exit()", 0, ""),
+        ("1 / 0", 1, "ZeroDivisionError"),
+    ],
+)
+def test_a_command_with_a_process_group_leaves_with_the_status_of_any_other(ending, status, error):
+    """What would run at the interpreter's end does not run, and what was printed is not lost."""
+    script = (
+        "import atexit, sys; from megatron.cli import run_and_leave; from megatron.errors import ConfigError\n"
+        f"def main(argv):\n    print('done', end='')\n    {ending}\n"
+        "atexit.register(print, 'torn down')\n"
+        "run_and_leave(main)"
+    )
+    ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
+    assert (ended.returncode, error in ended.stderr) == (status, True)
+    assert ended.stdout == ("done" if "1 / 0" not in ending else "donetorn down\n")
 
 
 def test_a_bug_keeps_its_traceback():
