@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
+from pathlib import Path
 
 from megatron.checkpoint.source import Source
+from megatron.checkpoint.tokenizer_files import TOKENIZER_FOLDER
 from megatron.model.config import ModelConfig
 from megatron.tokenizer.config import TokenizerConfig
 
@@ -31,12 +33,21 @@ def checkpoint_arguments(source: Source) -> CheckpointArguments:
     tokenizer = {name: value for name, value in tokenizer.items() if name in known and value is not None}
     if not tokenizer and identity is not None:
         tokenizer = {"tokenizer_type": identity.tokenizer_type, "tokenizer_model": identity.tokenizer_model}
+    tokenizer = _moved_along(tokenizer, source.path.parent / TOKENIZER_FOLDER)
     seq_length = _section(recorded, "data").get("seq_length")
     return CheckpointArguments(
         model=source.model_config(),
         seq_length=seq_length if isinstance(seq_length, int) else None,
         tokenizer={name: tuple(value) if isinstance(value, list) else value for name, value in tokenizer.items()},
     )
+
+
+def _moved_along(tokenizer: Mapping[str, object], beside: Path) -> Mapping[str, object]:
+    """Where the files are no longer where they were, the copy beside the checkpoint: a run's folder may be moved."""
+    path = tokenizer.get("tokenizer_model") or tokenizer.get("vocab_file")
+    if not isinstance(path, str) or Path(path).exists() or not beside.is_dir():
+        return tokenizer
+    return {**tokenizer, "tokenizer_model": str(beside), "vocab_file": None}
 
 
 def _section(recorded: Mapping[str, object], name: str) -> Mapping[str, object]:

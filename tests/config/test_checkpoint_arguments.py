@@ -1,6 +1,7 @@
 """What is taken over from a checkpoint, and what is left to the run."""
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 
@@ -17,6 +18,7 @@ class Folder:
 
     run_state: RunState | None = None
     identity: TokenizerIdentity | None = None
+    path: Path = Path("/run/iter_0000003")
 
     def model_config(self) -> ModelConfig:
         return MODEL
@@ -47,3 +49,12 @@ def test_a_checkpoint_of_a_run_gives_the_length_and_every_tokenizer_flag_of_that
     stored = checkpoint_arguments(Folder(RunState(iteration=3, config=first.to_dict()), identity))
     second = resolve(parse_run(flags), 1, checkpoint=stored)
     assert (second.model, second.data, second.tokenizer) == (first.model, first.data, first.tokenizer)
+
+
+def test_the_tokenizer_beside_a_checkpoint_is_found_where_the_recorded_one_is_gone(tmp_path):
+    beside, elsewhere = tmp_path / "tokenizer", tmp_path / "elsewhere"
+    beside.mkdir()
+    for recorded, expected in ((elsewhere, beside), (tmp_path, tmp_path)):
+        identity = TokenizerIdentity("HuggingFaceTokenizer", str(recorded))
+        found = checkpoint_arguments(Folder(identity=identity, path=tmp_path / "iter_0000003"))
+        assert found.tokenizer["tokenizer_model"] == str(expected)

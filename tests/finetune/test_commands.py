@@ -188,9 +188,10 @@ def test_added_tokens_go_from_text_to_training(megatron_llama, tokenizer_model, 
     finetune_succeeds(1, finetune_command(grown, data, tokenizer_model, "--save", str(tmp_path / "run"), *added))
     assert open_source(tmp_path / "run").model_config().vocab_size == formula + 2
 
-    # The run's own checkpoint brings the tokenizer, additions included; the original may be gone.
+    # The run's own checkpoint brings the tokenizer, additions included, wherever it is moved.
+    (tmp_path / "run").rename(tmp_path / "moved")
     sizes = "--use_checkpoint_args --micro_batch_size 2 --train_iters 3 --lr 1e-4 --eval_iters 0"
-    (output,) = finetune_succeeds(1, ["--load", str(tmp_path / "run"), "--data_path", str(data), *sizes.split()])
+    (output,) = finetune_succeeds(1, ["--load", str(tmp_path / "moved"), "--data_path", str(data), *sizes.split()])
     assert f"vocabulary {formula + 2} tokens" in output and "iteration  3/3" in output
 
 
@@ -240,11 +241,12 @@ def test_text_is_tokenized_once_with_the_tokenizer_that_fits(megatron_llama, tok
 def test_a_hugging_face_folder_is_trained_as_it_is(megatron_llama, tokenizer_model, corpus, preprocess, tmp_path):
     data = tokenize(preprocess, corpus, tokenizer_model, tmp_path / "data", "--no_new_tokens")
     native, hugging_face = tmp_path / "native", tmp_path / "hugging_face"
-    finetune_succeeds(
-        1,
-        finetune_command(megatron_llama, data, tokenizer_model, "--save", str(native)),
-        finetune_command(megatron_llama.parent / "hf", data, tokenizer_model, "--save", str(hugging_face)),
-    )
+    by_name = finetune_command(megatron_llama, data, tokenizer_model, "--save", str(native))
+    argv = finetune_command(megatron_llama.parent / "hf", data, tokenizer_model, "--save", str(hugging_face))
+    position = argv.index("--vocab_file")
+    own_tokenizer = argv[:position] + argv[position + 4 :]
+    assert "--tokenizer_type" not in own_tokenizer
+    finetune_succeeds(1, by_name, own_tokenizer)
     assert_same_bits(stored_entries(native), stored_entries(hugging_face))
 
 

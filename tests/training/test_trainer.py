@@ -81,6 +81,22 @@ def test_validation_and_test_data_are_evaluated_when_due_and_at_the_end(data, tm
     assert [line["iteration"] for line in lines if "test_loss" in line] == [5]
 
 
+def test_training_validation_and_test_may_have_data_of_their_own(data, tmp_path):
+    """Every document of each: the validation loss of the same documents is the same whoever trains on what."""
+    own = {"data_path": False, "split": False, "train_data_path": data, "train_iters": 2}
+    both, train_only = tmp_path / "both", tmp_path / "train_only"
+    finetune_succeeds(
+        1,
+        command(data, save=both, valid_data_path=data, test_data_path=data, **own),
+        command(data, save=train_only, **{**own, "eval_iters": 0}),
+    )
+    assert losses(both) == losses(train_only)
+    last = read_metrics(both / METRICS_FILE)[-1]
+    assert last["validation_loss"] == last["test_loss"]
+    ((refused,),) = finetune_runs(1, command(data, **own))
+    assert refused.err.startswith("ConfigError: --eval_iters 1 has no validation data to read; give --valid_data_path")
+
+
 def test_what_a_run_starts_from(data, tmp_path):
     """A resumed run goes on; --no_load_optim goes on with fresh moments; --finetune begins anew with the weights."""
     first, resumed, fresh, tuned = (tmp_path / name for name in ("first", "resumed", "fresh", "tuned"))
