@@ -20,8 +20,8 @@ cd "$SLURM_SUBMIT_DIR"
 # torchrun waits this long for its processes, and not its usual 30 s (torch 2.13; see docs/guide/multi_node.md).
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-540}
 
-MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
-export MASTER_ADDR
+mapfile -t hosts < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
+export MASTER_ADDR=${hosts[0]}
 export MASTER_PORT=$((20000 + SLURM_JOB_ID % 20000)) # two jobs that share a node do not meet
 export NNODES=$SLURM_JOB_NUM_NODES
 export GPUS_PER_NODE=${GPUS_PER_NODE:-${SLURM_GPUS_ON_NODE:-8}}

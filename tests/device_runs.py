@@ -39,7 +39,7 @@ class Options:
 
 @dataclass(frozen=True)
 class Trained:
-    """What came of some steps, on the CPU. `peak_bytes` is what the GPU's allocator handed out at most, 0 without one."""
+    """What came of some steps, on the CPU. `peak_bytes` is the most that they held of a GPU's memory, 0 without one."""
 
     losses: list[float]
     grad_norms: list[float]
