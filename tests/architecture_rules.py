@@ -20,6 +20,7 @@ LEVELS: Mapping[str, int] = {
     "megatron.core.sharding": 0,
     "megatron.core.collectives": 1,
     "megatron.core.fusion": 1,
+    "megatron.core.fusion": 1,
     "megatron.core.random": 1,
     "megatron.core.topology": 1,
     "megatron.core.tensor_parallel": 2,

@@ -33,8 +33,7 @@ _reduce_scatter_single: Final = getattr(dist, "reduce_scatter_single", None) or 
 def all_reduce(x: Tensor, axis: Axis, op: Literal["sum", "max"] = "sum") -> Tensor:
     """Reduces `x` in place over the axis and returns it."""
     work = all_reduce_async(x, axis, op)
-    if work is not None:
-        work.wait()
+    wait(work)
     return x
 
 
@@ -46,11 +45,16 @@ def all_reduce_async(x: Tensor, axis: Axis, op: Literal["sum", "max"] = "sum") -
     return dist.all_reduce(x, op=reduce_op, group=axis.group, async_op=True)
 
 
+def wait(work: dist.Work | None) -> None:
+    """Waits for what an `..._async` function started."""
+    if work is not None:
+        work.wait()
+
+
 def all_gather(x: Tensor, axis: Axis) -> Tensor:
     """[n, ...] on each rank -> [n * size, ...], rank by rank along dimension 0."""
     gathered, work = all_gather_async(x, axis)
-    if work is not None:
-        work.wait()
+    wait(work)
     return gathered
 
 
@@ -65,8 +69,7 @@ def all_gather_async(x: Tensor, axis: Axis) -> tuple[Tensor, dist.Work | None]:
 def reduce_scatter(x: Tensor, axis: Axis) -> Tensor:
     """[n * size, ...] -> the sum over ranks of this rank's [n, ...]. `x` may be overwritten."""
     scattered, work = reduce_scatter_async(x, axis)
-    if work is not None:
-        work.wait()
+    wait(work)
     return scattered
 
 

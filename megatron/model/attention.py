@@ -7,16 +7,18 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from megatron.core.fusion import compiled
 from megatron.core.random import DropoutStreams
 from megatron.core.recompute import Checkpoint
 from megatron.core.sharding import Block
 from megatron.core.tensor_parallel.linear import ColumnParallelLinear, RowParallelLinear
 from megatron.core.topology import Axis
 from megatron.model.config import ModelConfig
-from megatron.model.rope import apply_rotary
+from megatron.model.rope import SplitAndRotate, split_and_rotate
 
 AttentionKernel = Callable[[Tensor, Tensor, Tensor, float], Tensor]
 """q: [s, b, n, d], k and v: [s, b, k, d], dropout -> [s, b, n, d], causal, scaled by 1/sqrt(d)."""
@@ -36,7 +38,9 @@ def flash_attention(q: Tensor, k: Tensor, v: Tensor, dropout: float) -> Tensor:
     from flash_attn import flash_attn_func
 
     q, k, v = (x.transpose(0, 1) for x in (q, k, v))
-    return flash_attn_func(q, k, v, dropout_p=dropout, causal=True).transpose(0, 1)
+    return flash_attn_func(
+        q, k, v, dropout_p=dropout, causal=True, deterministic=torch.are_deterministic_algorithms_enabled()
+    ).transpose(0, 1)
 
 
 class SelfAttention(nn.Module):
@@ -51,8 +55,10 @@ class SelfAttention(nn.Module):
         sequence_parallel: bool,
         kernel: AttentionKernel,
         checkpoint_core: Checkpoint,
+        compile: bool = False,
     ):
         super().__init__()
+        self.split_and_rotate = compiled(split_and_rotate) if compile else SplitAndRotate.apply
         self.layer, self.axis, self.kernel, self.checkpoint_core = layer, axis, kernel, checkpoint_core
         self.dropout, self.head_dim = config.attention_dropout, config.kv_channels
         name, h, d = f"layers.{layer}.attention", config.hidden_size, config.kv_channels
@@ -72,10 +78,10 @@ class SelfAttention(nn.Module):
 
     def forward(self, x: Tensor, rotary: Tensor | None, streams: DropoutStreams | None) -> Tensor:
         qkv = self.qkv(x).unflatten(-1, (-1, self.head_dim))
-        qk, v = qkv.split((self.num_heads + self.num_kv_heads, self.num_kv_heads), dim=2)
-        if rotary is not None:
-            qk = apply_rotary(qk, rotary)
-        q, k = qk.split((self.num_heads, self.num_kv_heads), dim=2)
+        if rotary is None:
+            q, k, v = qkv.split((self.num_heads, self.num_kv_heads, self.num_kv_heads), dim=2)
+        else:
+            q, k, v = self.split_and_rotate(qkv, rotary, self.num_heads, self.num_kv_heads)
         context = self.checkpoint_core(self._core, q, k, v, streams)
         return self.output(context.flatten(2))
 

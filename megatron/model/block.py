@@ -25,12 +25,13 @@ class TransformerLayer(nn.Module):
         sequence_parallel: bool,
         kernel: AttentionKernel,
         checkpoint_core: Checkpoint,
+        compile: bool = False,
     ):
         super().__init__()
         self.layer, self.dropout = layer, config.hidden_dropout
         # With sequence parallelism each tensor rank masks its own part of the sequence.
         self.shard = axis.rank if sequence_parallel else 0
-        self.attention_norm = make_norm(config, f"layers.{layer}.attention_norm", sequence_parallel)
+        self.attention_norm = make_norm(config, f"layers.{layer}.attention_norm", sequence_parallel, compile=compile)
         self.attention = SelfAttention(
             config,
             layer,
@@ -38,19 +39,21 @@ class TransformerLayer(nn.Module):
             sequence_parallel=sequence_parallel,
             kernel=kernel,
             checkpoint_core=checkpoint_core,
+            compile=compile,
         )
-        self.mlp_norm = make_norm(config, f"layers.{layer}.mlp_norm", sequence_parallel)
-        self.mlp = MLP(config, layer, axis=axis, sequence_parallel=sequence_parallel)
+        self.mlp_norm = make_norm(config, f"layers.{layer}.mlp_norm", sequence_parallel, compile=compile)
+        self.mlp = MLP(config, layer, axis=axis, sequence_parallel=sequence_parallel, compile=compile)
 
     def forward(self, x: Tensor, rotary: Tensor | None, streams: DropoutStreams | None) -> Tensor:
-        x = x + self._drop(self.attention(self.attention_norm(x), rotary, streams), "attention_output", streams)
-        return x + self._drop(self.mlp(self.mlp_norm(x)), "mlp_output", streams)
+        attended = self._drop(self.attention(self.attention_norm(x), rotary, streams), "attention_output", streams)
+        x, normed = self.mlp_norm.after_residual(x, attended)
+        return x + self._drop(self.mlp(normed), "mlp_output", streams)
 
     def _drop(self, x: Tensor, site: str, streams: DropoutStreams | None) -> Tensor:
         return x if streams is None else streams.dropout(x, self.dropout, layer=self.layer, site=site, shard=self.shard)
 
 
-def make_norm(config: ModelConfig, name: str, sequence_parallel: bool) -> Norm:
+def make_norm(config: ModelConfig, name: str, sequence_parallel: bool, *, compile: bool = False) -> Norm:
     """The norm this architecture uses everywhere, over the hidden dimension."""
     return Norm(
         name,
@@ -58,4 +61,5 @@ def make_norm(config: ModelConfig, name: str, sequence_parallel: bool) -> Norm:
         epsilon=config.layernorm_epsilon,
         use_rms_norm=config.use_rms_norm,
         sequence_parallel=sequence_parallel,
+        compile=compile,
     )

@@ -1,29 +1,26 @@
-"""The feed-forward block, gated (Shazeer 2020, arXiv 2002.05202) or plain, cut over the tensor axis by features."""
+"""The feed-forward block, gated or plain, cut over the tensor axis by features."""
 
 from __future__ import annotations
-
-from collections.abc import Callable
-from types import MappingProxyType
-from typing import Final
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from megatron.core.fusion import compiled
 from megatron.core.sharding import Block
 from megatron.core.tensor_parallel.linear import ColumnParallelLinear, RowParallelLinear
 from megatron.core.topology import Axis
 from megatron.model.config import ModelConfig
-
-GATES: Final = MappingProxyType({"swiglu": F.silu, "geglu": F.gelu, "reglu": F.relu, "liglu": lambda x: x})
+from megatron.model.gate import GatedActivation, gated_activation
 
 
 class MLP(nn.Module):
     """down(act(gate x) * up x), or down(gelu(up x)) without a gate: [s, b, h] -> [s, b, h] (s/tp with SP)."""
 
-    def __init__(self, config: ModelConfig, layer: int, *, axis: Axis, sequence_parallel: bool):
+    def __init__(self, config: ModelConfig, layer: int, *, axis: Axis, sequence_parallel: bool, compile: bool = False):
         super().__init__()
         name, h, f = f"layers.{layer}.mlp", config.hidden_size, config.ffn_hidden_size
-        self.gate: Callable[[Tensor], Tensor] | None = GATES[config.glu_activation] if config.glu_activation else None
+        self.gate = config.glu_activation
+        self.gated_activation = compiled(gated_activation) if compile else GatedActivation.apply
         parts = ("gate", "up") if self.gate else ("up",)
         self.up = ColumnParallelLinear(
             tuple(Block(f"{name}.{part}.weight", (f, h), units=f) for part in parts),
@@ -42,5 +39,4 @@ class MLP(nn.Module):
         y = self.up(x)
         if self.gate is None:
             return self.down(F.gelu(y))
-        gate, up = y.chunk(2, dim=-1)
-        return self.down(self.gate(gate) * up)
+        return self.down(self.gated_activation(y, self.gate))

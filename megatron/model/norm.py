@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
+from megatron.core.fusion import compiled
 from megatron.core.sharding import Block, ShardSpec
-from megatron.core.tensor_parallel.parameters import ShardedModule
+from megatron.core.tensor_parallel.parameters import ShardedModule, replicated_gradient
 
 
 class Norm(ShardedModule):
@@ -16,10 +19,22 @@ class Norm(ShardedModule):
     `sequence_parallel`: each tensor rank sees a part of the sequence, so gradients must be summed over them.
     """
 
-    def __init__(self, name: str, hidden_size: int, *, epsilon: float, use_rms_norm: bool, sequence_parallel: bool):
+    weight: nn.Parameter
+    bias: nn.Parameter | None
+
+    def __init__(
+        self,
+        name: str,
+        hidden_size: int,
+        *,
+        epsilon: float,
+        use_rms_norm: bool,
+        sequence_parallel: bool,
+        compile: bool = False,
+    ):
         super().__init__()
-        self.epsilon, self.use_rms_norm = epsilon, use_rms_norm
-        gradient = "partial" if sequence_parallel else "complete"
+        self.epsilon, self.is_compiled = epsilon, compile
+        gradient = replicated_gradient(sequence_parallel)
         self.declare("weight", ShardSpec((Block(f"{name}.weight", (hidden_size,)),), gradient=gradient), tp_size=1)
         if use_rms_norm:
             self.bias = None
@@ -27,10 +42,59 @@ class Norm(ShardedModule):
             self.declare("bias", ShardSpec((Block(f"{name}.bias", (hidden_size,)),), gradient=gradient), tp_size=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        wide = x.float() if x.dtype.itemsize < 4 else x
-        if not self.use_rms_norm:
-            return F.layer_norm(
-                wide, x.shape[-1:], self.weight.to(wide.dtype), self.bias.to(wide.dtype), self.epsilon
-            ).to(x.dtype)
-        normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.epsilon)
-        return normed.to(x.dtype) * self.weight
+        if self.is_compiled:
+            return compiled(normalise)(x, self.weight, self.bias, self.epsilon)
+        if self.bias is None:
+            return _RMSNorm.apply(x, self.weight, self.epsilon)
+        return normalise(x, self.weight, self.bias, self.epsilon)
+
+    def after_residual(self, residual: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        """residual + x, and that normed."""
+        if self.is_compiled:
+            return compiled(add_and_normalise)(residual, x, self.weight, self.bias, self.epsilon)
+        residual = residual + x
+        return residual, self(residual)
+
+
+def normalise(x: Tensor, weight: Tensor, bias: Tensor | None, epsilon: float) -> Tensor:
+    """LayerNorm, or RMSNorm where there is no bias."""
+    wide = _wide(x)
+    if bias is not None:
+        return F.layer_norm(wide, x.shape[-1:], _wide(weight), _wide(bias), epsilon).to(x.dtype)
+    normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + epsilon)
+    return normed.to(x.dtype) * weight
+
+
+def add_and_normalise(
+    residual: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, epsilon: float
+) -> tuple[Tensor, Tensor]:
+    residual = residual + x
+    return residual, normalise(residual, weight, bias, epsilon)
+
+
+class _RMSNorm(torch.autograd.Function):
+    """`normalise` without a bias. Keeps only x and one number per row, and makes half of autograd's passes."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
+        wide = _wide(x)
+        length = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
+        scale = length.square_().div_(x.shape[-1]).add_(epsilon).rsqrt_()
+        ctx.save_for_backward(x, weight, scale)
+        normed = wide * scale
+        return normed.mul_(weight) if x.dtype == normed.dtype else normed.to(x.dtype).mul_(weight)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+        """With n = scale x: dx = scale (g w - n mean(g w n)), dw = sum of g n over the rows."""
+        x, weight, scale = ctx.saved_tensors
+        grad, wide, wide_weight = _wide(grad), _wide(x), _wide(weight)
+        product = (grad * wide).flatten(0, -2)
+        grad_weight = scale.flatten() @ product
+        along_x = (product @ wide_weight).view_as(scale).mul_(scale.pow(3)).div_(x.shape[-1])
+        grad_x = (grad * wide_weight).mul_(scale).addcmul_(wide, along_x, value=-1)
+        return grad_x.to(x.dtype), grad_weight.to(weight.dtype), None
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x.float() if x.dtype.itemsize < 4 else x

@@ -1,11 +1,12 @@
 """Rotary position embedding (Su et al. 2021, arXiv 2104.09864), in the rotate-half order of Hugging Face weights.
 
-Legend: s sequence, b micro-batch, n heads, d head dimension.
+Legend: s sequence, b micro-batch, n query heads, k key/value heads, d head dimension.
 """
 
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -39,7 +40,10 @@ def _stretch_low_frequencies(frequencies: Tensor, scaling: RopeScaling) -> Tenso
 
 
 class RotaryEmbedding:
-    """Makes the table of cosines and sines, and keeps the one for consecutive positions.
+    """Makes the table that `split_and_rotate` takes, and keeps the one for consecutive positions.
+
+    It holds cos and sin of every angle over the whole head dimension, the sines of its first half negated, so that
+    turning is ``x * cos + swapped(x) * sin`` in whole rows.
 
     The table is no module buffer: nothing to save, and moving a module between devices cannot spoil it.
     """
@@ -49,7 +53,7 @@ class RotaryEmbedding:
         self._consecutive: Tensor | None = None
 
     def table(self, length: int, position_ids: Tensor | None, like: Tensor) -> Tensor:
-        """position_ids: [b, s], or None for 0, 1, 2, ... -> cos and sin stacked: [2, s, b or 1, 1, d/2], as `like`."""
+        """position_ids: [b, s], or None for 0, 1, 2, ... -> [2, s, b or 1, 1, d], as `like`."""
         if position_ids is not None:
             return self._compute(position_ids.t(), like)
         kept = self._consecutive
@@ -62,11 +66,53 @@ class RotaryEmbedding:
         with torch.device("cpu"):
             frequencies = rotary_frequencies(self.head_dim, self.theta, self.scaling)
         angles = positions.float().unsqueeze(-1) * frequencies.to(positions.device)
-        return torch.stack((angles.cos(), angles.sin())).unsqueeze(3).to(like.dtype)
+        cos, sin = angles.cos(), angles.sin()
+        return torch.stack((torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1))).unsqueeze(3).to(like.dtype)
 
 
-def apply_rotary(x: Tensor, table: Tensor) -> Tensor:
-    """x: [s, b, n, d], table: [2, s, b or 1, 1, d/2] -> x with each (i, i + d/2) pair turned by its angle."""
+def split_and_rotate(qkv: Tensor, table: Tensor, num_heads: int, num_kv_heads: int) -> tuple[Tensor, Tensor, Tensor]:
+    """qkv: [s, b, n + 2k, d], table: [2, s, b or 1, 1, d] -> q: [s, b, n, d], k and v: [s, b, k, d].
+
+    Each (i, i + d/2) pair of q and k is turned by its angle.
+    """
+    q, k, v = qkv.split((num_heads, num_kv_heads, num_kv_heads), dim=2)
     cos, sin = table
+    return q * cos + _swap_halves(q) * sin, k * cos + _swap_halves(k) * sin, v
+
+
+class SplitAndRotate(torch.autograd.Function):
+    """`split_and_rotate` that keeps nothing but the table, and writes the gradients of q, k and v into one tensor."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, qkv: Tensor, table: Tensor, num_heads: int, num_kv_heads: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        ctx.table, ctx.heads = table, (num_heads, num_kv_heads, num_kv_heads)
+        qk, v = qkv.split((num_heads + num_kv_heads, num_kv_heads), dim=2)
+        turned = torch.empty_like(qk, memory_format=torch.contiguous_format)
+        _turn(qk, *table, out=turned)
+        q, k = turned.split((num_heads, num_kv_heads), dim=2)
+        return q, k, v
+
+    @staticmethod
+    def backward(ctx: Any, grad_q: Tensor, grad_k: Tensor, grad_v: Tensor) -> tuple[Tensor, None, None, None]:
+        s, b, _, d = grad_v.shape
+        grad = grad_v.new_empty((s, b, sum(ctx.heads), d))
+        for_q, for_k, for_v = grad.split(ctx.heads, dim=2)
+        cos, sin = ctx.table
+        _turn(grad_q, cos, -sin, out=for_q)  # backwards, by the negative angle
+        _turn(grad_k, cos, -sin, out=for_k)
+        for_v.copy_(grad_v)
+        return grad, None, None, None
+
+
+def _turn(x: Tensor, cos: Tensor, sin: Tensor, *, out: Tensor) -> None:
+    half = x.shape[-1] // 2
+    out[..., :half] = x[..., half:]
+    out[..., half:] = x[..., :half]
+    out.mul_(sin).addcmul_(x, cos)
+
+
+def _swap_halves(x: Tensor) -> Tensor:
     first, second = x.chunk(2, dim=-1)
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+    return torch.cat((second, first), dim=-1)

@@ -30,13 +30,15 @@ EMBEDDING_LAYER = -1  # stands for the embedding where a dropout stream asks for
 class StageOptions:
     """How a stage computes, as far as it does not change what it computes.
 
-    `padded_vocab_size` is the number of vocabulary rows stored over all tensor ranks.
+    `padded_vocab_size` is the number of vocabulary rows stored over all tensor ranks. `compile` fuses
+    the elementwise work between linears and collectives.
     """
 
     padded_vocab_size: int
     sequence_parallel: bool = False
     recompute: RecomputePolicy = field(default_factory=RecomputePolicy)
     kernel: AttentionKernel = sdpa_attention
+    compile: bool = False
 
 
 class Stage(nn.Module):
@@ -52,7 +54,7 @@ class Stage(nn.Module):
     ):
         super().__init__()
         self.config, self.is_first, self.is_last = config, is_first, is_last
-        self.recompute = options.recompute
+        self.recompute, self.is_compiled = options.recompute, options.compile
         # On one tensor rank the sequence is whole, and sequence parallelism the identity.
         sequence_parallel = options.sequence_parallel and axis.size > 1
         self.embedding = Embedding(config, axis, sequence_parallel, options.padded_vocab_size) if is_first else None
@@ -66,12 +68,11 @@ class Stage(nn.Module):
                 sequence_parallel=sequence_parallel,
                 kernel=options.kernel,
                 checkpoint_core=options.recompute.attention_core,
+                compile=options.compile,
             )
             for layer in layers
         )
-        self.head = (
-            Head(config, axis, sequence_parallel, options.padded_vocab_size, self.embedding) if is_last else None
-        )
+        self.head = Head(config, axis, sequence_parallel, options, self.embedding) if is_last else None
         is_rotary = config.position_embedding_type == "rotary"
         self.rope = RotaryEmbedding(config.kv_channels, config.rope_theta, config.rope_scaling) if is_rotary else None
 
@@ -89,6 +90,16 @@ class Stage(nn.Module):
         for group, call in self.recompute.groups(len(self.layers)):
             x = call(self._run_layers, group, x, rotary, streams)
         return x if self.head is None else self.head(x)
+
+    def units(self) -> list[nn.Module]:
+        """Submodules whose weights are needed at different times, in the order of the forward pass.
+
+        A tied embedding is needed at both ends of a whole model; it is left to the stage itself.
+        """
+        if self.config.tie_embed_logits and self.is_first and self.is_last:
+            return list(self.layers)
+        ends = (self.embedding, *self.layers, self.head)
+        return [module for module in ends if module is not None]
 
     def _run_layers(self, group: range, x: Tensor, rotary: Tensor | None, streams: DropoutStreams | None) -> Tensor:
         for i in group:
@@ -146,15 +157,14 @@ class Head(nn.Module):
         config: ModelConfig,
         axis: Axis,
         sequence_parallel: bool,
-        padded_vocab_size: int,
+        options: StageOptions,
         embedding: Embedding | None,
     ):
         super().__init__()
-        self.norm = make_norm(config, "final_norm", sequence_parallel)
+        self.norm = make_norm(config, "final_norm", sequence_parallel, compile=options.compile)
         name = "embedding.word.weight" if config.tie_embed_logits else "head.weight"
-        self.projection = ColumnParallelLinear(
-            (_vocabulary_block(name, config, padded_vocab_size),), axis=axis, sequence_parallel=sequence_parallel
-        )
+        block = _vocabulary_block(name, config, options.padded_vocab_size)
+        self.projection = ColumnParallelLinear((block,), axis=axis, sequence_parallel=sequence_parallel)
         if config.tie_embed_logits and embedding is not None:
             self.projection.weight = embedding.word.weight
         elif config.tie_embed_logits:

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from megatron.core.collectives import (
     all_gather,
@@ -21,9 +21,10 @@ from megatron.core.collectives import (
     all_reduce_async,
     reduce_scatter,
     reduce_scatter_async,
+    wait,
 )
 from megatron.core.sharding import Block, ShardSpec
-from megatron.core.tensor_parallel.parameters import ShardedModule
+from megatron.core.tensor_parallel.parameters import ShardedModule, replicated_gradient
 from megatron.core.topology import Axis
 
 
@@ -33,6 +34,9 @@ class ColumnParallelLinear(ShardedModule):
     The weight is the given blocks stacked along their output features (q | k | v, gate | up); each is
     cut over the axis on its own, and the output holds this rank's part of each, in their order.
     """
+
+    weight: nn.Parameter
+    bias: nn.Parameter | None
 
     def __init__(self, blocks: Sequence[Block], *, axis: Axis, bias: bool = False, sequence_parallel: bool = False):
         super().__init__()
@@ -53,12 +57,15 @@ class ColumnParallelLinear(ShardedModule):
 class RowParallelLinear(ShardedModule):
     """x: [s, b, i/tp] -> [s, b, o] (s/tp with sequence parallelism). The bias is added after the reduction."""
 
+    weight: nn.Parameter
+    bias: nn.Parameter | None
+
     def __init__(self, block: Block, *, axis: Axis, bias: bool = False, sequence_parallel: bool = False):
         super().__init__()
         self.axis, self.sequence_parallel = axis, sequence_parallel
         self.declare("weight", ShardSpec((block,), dim=1), axis.size)
         if bias:
-            gradient = "partial" if sequence_parallel else "complete"
+            gradient = replicated_gradient(sequence_parallel)
             self.declare("bias", ShardSpec((_bias_of(block),), gradient=gradient), axis.size)
         else:
             self.bias = None
@@ -91,12 +98,12 @@ class _ColumnLinear(torch.autograd.Function):
         if ctx.sequence_parallel:
             x, gather = all_gather_async(x, axis)
             grad_input, reduction = reduce_scatter_async(grad @ weight, axis)  # overlaps the weight gradient
-            gather.wait()
+            wait(gather)
         else:
             grad_input = grad @ weight
             reduction = all_reduce_async(grad_input, axis)  # overlaps the weight gradient
         grad_weight = _weight_gradient(grad, x) if ctx.needs_input_grad[1] else None
-        reduction.wait()
+        wait(reduction)
         return grad_input, grad_weight, None, None
 
 
