@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 
 import torch
 import torch.distributed as dist
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh
 
 from megatron.core.layout import Coordinate, ParallelLayout
 from megatron.errors import ConfigError
@@ -97,7 +99,7 @@ class Topology:
     def create(
         cls, layout: ParallelLayout, device: torch.device | str = "cpu", *, timeout: timedelta = DEFAULT_TIMEOUT
     ) -> Topology:
-        """Starts the process group (or takes the one that runs) and makes one mesh with the axes pp, dp, tp.
+        """Starts the process group (or takes the one that runs) and makes the groups of all axes, with one time-out.
 
         `device` "cuda" takes this process's own GPU. A single process gets a group of its own, so that
         the data-parallel engine works the same way in one process as in many.
@@ -106,19 +108,21 @@ class Topology:
         world_size, rank = dist.get_world_size(), dist.get_rank()
         if layout.world_size != world_size:
             raise ConfigError(f"{layout} needs {layout.world_size} processes, but {world_size} were started.")
-        mesh = init_device_mesh(device.type, (layout.pp, layout.dp, layout.tp), mesh_dim_names=("pp", "dp", "tp"))
         here = layout.coordinate(rank)
+        everywhere = [layout.coordinate(other) for other in range(world_size)]
+        make = partial(_axis, layout, here, everywhere, timeout=timeout)
+        dp = make("dp", lambda other: (other.pp, other.tp))
         return cls(
             layout,
-            pp=_axis(layout, here, "pp", mesh.get_group("pp")),
-            dp=_axis(layout, here, "dp", mesh.get_group("dp")),
-            tp=_axis(layout, here, "tp", mesh.get_group("tp")),
-            embedding=_embedding_axis(layout, here, timeout),
+            pp=make("pp", lambda other: (other.dp, other.tp)),
+            dp=dp,
+            tp=make("tp", lambda other: (other.pp, other.dp)),
+            embedding=make("embedding", lambda other: _pipeline_end(layout, other)),
             world=Axis(
                 "world", world_size, rank, dist.group.WORLD if world_size > 1 else None, tuple(range(world_size))
             ),
             device=device,
-            data_mesh=mesh["dp"],
+            data_mesh=_data_mesh(dp, device, timeout),
         )
 
     def close(self) -> None:
@@ -143,23 +147,36 @@ def _start(device: torch.device, timeout: timedelta) -> torch.device:
     return device
 
 
-def _axis(layout: ParallelLayout, here: Coordinate, name: str, group: dist.ProcessGroup) -> Axis:
-    size = getattr(layout, name)
-    members = tuple(
-        layout.rank(Coordinate(**{"pp": here.pp, "dp": here.dp, "tp": here.tp, name: i})) for i in range(size)
-    )
-    return Axis(name, size, getattr(here, name), group if size > 1 else None, members)
+def _axis(
+    layout: ParallelLayout,
+    here: Coordinate,
+    everywhere: list[Coordinate],
+    name: str,
+    line_of: Callable[[Coordinate], Hashable],
+    *,
+    timeout: timedelta,
+) -> Axis:
+    """The ranks that agree with this one in `line_of`. Every process takes part in making the group of every line.
+
+    A line of one rank has no group.
+    """
+    lines: dict[Hashable, list[int]] = {}
+    for other in everywhere:
+        lines.setdefault(line_of(other), []).append(layout.rank(other))
+    groups = {line: dist.new_group(ranks, timeout=timeout) for line, ranks in lines.items() if len(ranks) > 1}
+    mine, rank = lines[line_of(here)], layout.rank(here)
+    return Axis(name, len(mine), mine.index(rank), groups.get(line_of(here)), tuple(mine))
 
 
-def _embedding_axis(layout: ParallelLayout, here: Coordinate, timeout: timedelta) -> Axis:
-    """First and last pipeline rank of every (dp, tp) column; every process must take part in making every group."""
-    mine = Axis("embedding", global_ranks=(layout.rank(here),))
-    if layout.pp == 1:
-        return mine
-    for dp in range(layout.dp):
-        for tp in range(layout.tp):
-            ends = tuple(layout.rank(Coordinate(pp=pp, dp=dp, tp=tp)) for pp in (0, layout.pp - 1))
-            group = dist.new_group(list(ends), timeout=timeout)
-            if layout.rank(here) in ends:
-                mine = Axis("embedding", 2, ends.index(layout.rank(here)), group, ends)
-    return mine
+def _pipeline_end(layout: ParallelLayout, coordinate: Coordinate) -> Hashable:
+    """Alike for the first and the last pipeline rank of one (dp, tp) column, and for no other ranks."""
+    is_end = coordinate.pp in (0, layout.pp - 1)
+    return (coordinate.dp, coordinate.tp) if is_end else coordinate
+
+
+def _data_mesh(dp: Axis, device: torch.device, timeout: timedelta) -> DeviceMesh:
+    """FSDP wants a mesh also where the data axis has one rank; then it is over a group of this process alone."""
+    group = dp.group
+    if group is None:
+        group = dist.new_group(list(dp.global_ranks), timeout=timeout, use_local_synchronization=True)
+    return DeviceMesh.from_group(group, device.type, mesh_dim_names=("dp",))

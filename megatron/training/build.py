@@ -49,7 +49,7 @@ def build_parts(
         for number in placement.stages_of(topology.pp.rank)
     }
     specs = [shard_specs(stage) for stage in stages.values()]
-    units = [list(stage.layers) for stage in stages.values()]
+    units = [stage.units() for stage in stages.values()]
     engine = DataParallel(list(stages.values()), specs, units, topology, data_parallel)
     return PipelineParts(placement, layers, stages, engine)
 

@@ -97,7 +97,7 @@ class Pipeline:
     def evaluate(self, batches: Sequence[Batch]) -> LossSums:
         """Forward only, without dropout."""
         forward = MicrobatchForward(self.parts.stages, self.topology, batches, streams=None)
-        self._executor(len(batches), training=False).run(forward, self._wire(batches[0]), self._before_backward)
+        self._executor(len(batches), training=False).run(forward, self._wire(batches[0]))
         return forward.sums
 
     def _executor(self, num_microbatches: int, *, training: bool) -> PipelineExecutor:

@@ -22,7 +22,7 @@ from megatron.checkpoint.tokenizer_files import TOKENIZER_FOLDER, tokenizer_file
 from megatron.config import RunConfig
 from megatron.core.data_parallel import DataParallelConfig
 from megatron.core.recompute import RecomputePolicy
-from megatron.core.topology import Topology
+from megatron.core.topology import Topology, launch_environment
 from megatron.errors import ConfigError
 from megatron.model.attention import AttentionKernel, flash_attention, sdpa_attention
 from megatron.model.init import initial_value
@@ -91,7 +91,13 @@ def train(run: RunConfig, tokenizer: Tokenizer, source: Source | None) -> None:
 
 def choose_device(run: RunConfig) -> torch.device:
     """--device, with "auto" meaning a GPU where there is one. Raises ConfigError if the GPU asked for is missing."""
-    wanted = run.training.device
+    wanted, num_gpus = run.training.device, torch.cuda.device_count()
+    num_processes = launch_environment().local_world_size
+    if wanted != "cpu" and 0 < num_gpus < num_processes:
+        raise ConfigError(
+            f"--nproc_per_node {num_processes} starts more processes than this host's {num_gpus} GPUs; start "
+            f"{num_gpus}, or give --device cpu."
+        )
     if wanted == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if wanted == "cuda" and not torch.cuda.is_available():

@@ -18,18 +18,21 @@ from megatron.core.topology import Topology
 
 
 class StopRequest:
-    """Whether this process was asked to stop. `agreed` says whether any was; every rank calls it together."""
+    """Whether this process was asked to stop, and, since the ranks last agreed on it, whether any of them was."""
 
     def __init__(self, topology: Topology):
         self._topology = topology
         self._requested = False
+        self.is_agreed = False
 
     def request(self, signal_number: int = 0, frame: FrameType | None = None) -> None:
         self._requested = True
 
-    def agreed(self) -> bool:
+    def agree(self) -> bool:
+        """Every rank calls it together. True once any process was asked to stop."""
         flag = torch.tensor(float(self._requested), device=self._topology.device)
-        return bool(all_reduce(flag, self._topology.world, "max") > 0)
+        self.is_agreed = bool(all_reduce(flag, self._topology.world, "max") > 0)
+        return self.is_agreed
 
 
 @contextmanager

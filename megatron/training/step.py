@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -52,17 +53,17 @@ class TrainStep:
         self.data_parallel.zero_gradients()
         return result
 
-    def finish(self, sums: LossSums) -> tuple[StepResult, Tensor]:
+    def finish(self, sums: LossSums) -> tuple[StepResult, float]:
         """Completes the gradients of the summed loss in every shard; returns what to multiply them with as well.
 
         The factor makes them the gradient of the mean loss, clipped.
         """
         self.data_parallel.finish_gradients()
         sum_shared_gradients(self.data_parallel.shards, self.topology)
-        loss, valid_tokens = mean_loss(sums, self.topology)
+        loss, valid_tokens, (square,) = totals(sums, self.topology, self.gradient_norm.local_square())
         scale = 1.0 / max(valid_tokens, 1)
-        norm = self.gradient_norm() * scale
-        return StepResult(loss, float(norm), valid_tokens), clip_factor(norm, self.clip_grad) * scale
+        norm = math.sqrt(square) * scale
+        return StepResult(loss, norm, valid_tokens), clip_factor(norm, self.clip_grad) * scale
 
     def _check_finite(self, result: StepResult, iteration: int) -> None:
         if not (abs(result.loss) < float("inf") and result.grad_norm < float("inf")):
@@ -72,10 +73,12 @@ class TrainStep:
             )
 
 
-def mean_loss(sums: LossSums, topology: Topology) -> tuple[float, int]:
-    """The loss per valid token over all ranks, and the number of valid tokens. 0.0 when no token counts."""
-    totals = torch.stack((sums.loss, sums.valid_tokens))
-    if not topology.tp.is_first:  # tensor ranks compute the same losses
-        totals.zero_()
-    loss, valid_tokens = all_reduce(totals, topology.world).tolist()
-    return loss / max(valid_tokens, 1.0), int(valid_tokens)
+def totals(sums: LossSums, topology: Topology, *others: Tensor) -> tuple[float, int, list[float]]:
+    """The loss per valid token over all ranks (0.0 if there is none), the number of valid tokens, and sums of `others`.
+
+    One small collective and one wait for the device, whatever is summed.
+    """
+    is_counted = topology.tp.is_first  # tensor ranks compute the same losses
+    own = torch.stack((sums.loss * is_counted, sums.valid_tokens * is_counted, *others))
+    loss, valid_tokens, *rest = all_reduce(own, topology.world).tolist()
+    return loss / max(valid_tokens, 1.0), int(valid_tokens), rest

@@ -16,7 +16,7 @@ from megatron.training.forward import LossSums
 from megatron.training.metrics import EvaluationMetrics, StepClock
 from megatron.training.signals import StopRequest, stop_on_sigterm
 from megatron.training.sinks import MetricsLog
-from megatron.training.step import TrainStep, mean_loss
+from megatron.training.step import TrainStep, totals
 
 
 class Trainer:
@@ -42,19 +42,17 @@ class Trainer:
 
     def fit(self, progress: Progress) -> Progress:
         """Runs the loop and returns where it ended. Every rank calls it together."""
-        train_iters, clock = (
-            self.run.training.train_iters,
-            StepClock(self.run, self.topology.device, progress.iteration),
-        )
+        clock = StepClock(self.run, self.topology.device, progress.iteration)
         # What was loaded from elsewhere is not saved yet, even if there is nothing to train.
         saved = progress if self.run.checkpoint.load == self.run.checkpoint.save else None
         loader = StepLoader(
             self.datasets.train, progress.consumed_samples, num_workers=self.run.data.num_workers, **self._batching
         )
         with stop_on_sigterm(self.topology) as stop, loader:
-            while progress.iteration < train_iters:
+            while progress.iteration < self.run.training.train_iters:
                 progress = self._step(loader, clock, progress)
-                self._evaluate_when_due(progress)
+                if not stop.agree():
+                    self._evaluate_when_due(progress, stop)
                 reason = self._reason_to_leave(progress, stop)
                 if self._is_save_due(progress) or reason:
                     saved = self._save(progress)
@@ -64,19 +62,24 @@ class Trainer:
                     return progress
             if saved != progress:
                 self._save(progress)
-        self._evaluate_at_end(progress)
+            self._evaluate_at_end(progress, stop)
         return progress
 
-    def evaluate(self, dataset: GPTDataset, name: str, iteration: int) -> float:
-        """The mean loss over the first `eval_iters` global batches of `dataset`, without dropout; logged as `name`."""
+    def evaluate(self, dataset: GPTDataset, name: str, iteration: int, stop: StopRequest) -> None:
+        """Logs the mean loss over the first `eval_iters` global batches of `dataset`, without dropout, as `name`.
+
+        Given up, and not logged, when the run is asked to stop meanwhile.
+        """
         sums = LossSums.zero(self.topology.device)
         for number in range(self.run.training.eval_iters):
+            if stop.agree():
+                return
             start = number * self.run.training.global_batch_size
             batches = batches_for_step(dataset, start, **self._batching)
             sums += self.step.pipeline.evaluate([batch.to(self.topology.device) for batch in batches])
-        loss, valid_tokens = mean_loss(sums, self.topology)
+        self.step.data_parallel.refresh()  # ZeRO: the weights gathered for evaluating need not stay
+        loss, valid_tokens, _ = totals(sums, self.topology)
         self.log.evaluation(EvaluationMetrics(name, iteration, loss, math.exp(min(loss, 700.0)), valid_tokens))
-        return loss
 
     def _step(self, loader: StepLoader, clock: StepClock, progress: Progress) -> Progress:
         iteration = progress.iteration + 1
@@ -90,23 +93,23 @@ class Trainer:
             self.log.step(clock.metrics(progress, result, rate))
         return progress
 
-    def _evaluate_when_due(self, progress: Progress) -> None:
+    def _evaluate_when_due(self, progress: Progress, stop: StopRequest) -> None:
         due = progress.iteration % self.run.training.eval_interval == 0
         if due and self.datasets.validation is not None:
-            self.evaluate(self.datasets.validation, "validation", progress.iteration)
+            self.evaluate(self.datasets.validation, "validation", progress.iteration, stop)
 
-    def _evaluate_at_end(self, progress: Progress) -> None:
+    def _evaluate_at_end(self, progress: Progress, stop: StopRequest) -> None:
         if self.datasets.validation is not None and progress.iteration % self.run.training.eval_interval:
-            self.evaluate(self.datasets.validation, "validation", progress.iteration)
+            self.evaluate(self.datasets.validation, "validation", progress.iteration, stop)
         if self.datasets.test is not None:
-            self.evaluate(self.datasets.test, "test", progress.iteration)
+            self.evaluate(self.datasets.test, "test", progress.iteration, stop)
 
     def _is_save_due(self, progress: Progress) -> bool:
         interval = self.run.checkpoint.save_interval
         return interval is not None and progress.iteration % interval == 0
 
     def _reason_to_leave(self, progress: Progress, stop: StopRequest) -> str | None:
-        if stop.agreed():
+        if stop.is_agreed:
             return "SIGTERM"
         interval = self.run.training.exit_interval
         if (
