@@ -27,20 +27,18 @@ from megatron.checkpoint.manager import load, open_source
 from megatron.checkpoint.source import MODEL, LocalTensor, Source
 from megatron.cli import ArgumentParser, run_and_leave
 from megatron.config import RunConfig, TypedFlags, checkpoint_arguments, parse_run, resolve
-from megatron.core.data_parallel import DataParallelConfig
 from megatron.core.topology import Topology, launch_environment
 from megatron.data.gpt import GPTDataset
 from megatron.data.loader import Batch, batches_for_step
 from megatron.errors import CheckpointError, ConfigError
 from megatron.model.presets import hub_name
-from megatron.model.stage import StageOptions
 from megatron.tokenizer import fit_to_vocabulary
-from megatron.training.build import PipelineParts, build_parts
+from megatron.training.build import PipelineParts
 from megatron.training.checkpointing import Progress
 from megatron.training.comparison import Comparison, Reference, compare_logits, holds_logits, overall
 from megatron.training.datasets import build_datasets
 from megatron.training.logging import configure_logging
-from megatron.training.run import choose_device, choose_kernel
+from megatron.training.run import build_run_parts, choose_device, choose_kernel, compute_dtype
 
 # Two correct programs differ by rounding: at 32 layers and logits of up to 30, by 1e-4 in fp32 and some 0.1 in bf16.
 TOLERANCE_FP32: Final = 1e-3
@@ -71,7 +69,7 @@ def main(argv: list[str]) -> None:
         topology,
         _random_batches(run, topology) if dataset is None else _data_batches(run, topology, dataset),
         reference,
-        hidden_dtype=_dtype(run),
+        hidden_dtype=compute_dtype(run),
         sequence_parallel=run.parallel.sequence_parallel,
     )
     is_correct, verdict = _judge(overall(comparisons), options.tolerance or _tolerance(run))
@@ -164,13 +162,7 @@ def _open_data(run: RunConfig) -> GPTDataset | None:
 
 
 def _build_and_load(run: RunConfig, topology: Topology, source: Source) -> PipelineParts:
-    options = StageOptions(
-        padded_vocab_size=run.padded_vocab_size,
-        sequence_parallel=run.parallel.sequence_parallel,
-        kernel=choose_kernel(run, topology.device),
-    )
-    engine = DataParallelConfig(zero_stage=run.parallel.zero_stage, compute_dtype=_dtype(run))
-    parts = build_parts(run.model, topology, options, engine, num_chunks=run.num_stages_per_rank)
+    parts = build_run_parts(run, topology, choose_kernel(run, topology.device))
     shards = parts.data_parallel.shards
     tensors = [LocalTensor(MODEL, shard.regions(topology.tp), shard.tensor.detach()) for shard in shards]
     load(source, tensors, topology.world)
@@ -182,7 +174,9 @@ def _load_reference(name: str, run: RunConfig, options: argparse.Namespace, topo
     from transformers import AutoModelForCausalLM
 
     try:
-        model = AutoModelForCausalLM.from_pretrained(name, dtype=_dtype(run), cache_dir=options.huggingface_cache)
+        model = AutoModelForCausalLM.from_pretrained(
+            name, dtype=compute_dtype(run), cache_dir=options.huggingface_cache
+        )
     except (OSError, ValueError) as error:
         cause = " ".join(str(error).split())
         raise CheckpointError(f"{name} cannot be opened by transformers ({cause}); check the name.") from error
@@ -219,10 +213,6 @@ def _data_batches(run: RunConfig, topology: Topology, dataset: GPTDataset) -> li
         num_microbatches=run.training.train_iters * run.num_microbatches,
     )
     return [batch.to(topology.device) for batch in batches]
-
-
-def _dtype(run: RunConfig) -> torch.dtype:
-    return torch.bfloat16 if run.training.bf16 else torch.float32
 
 
 def _tolerance(run: RunConfig) -> float:

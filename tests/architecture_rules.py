@@ -113,7 +113,7 @@ Rule = Callable[[Source], Iterator[str]]
 def imports_go_down(source: Source) -> Iterator[str]:
     own = unit_of(source.module)
     if own is None:
-        yield f"{source.module} has no level: add it to LEVELS in tests/architecture_rules.py and docs/design/architecture.md"
+        yield f"{source.module} has no level: add it to LEVELS in architecture_rules.py and docs/design/architecture.md"
         return
     for line, target in source.imports:
         if target.split(".")[0] == "tests":

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError
-from tqdm import tqdm  # type: ignore[import-untyped]
+from tqdm import tqdm
 
 from megatron.checkpoint.dtypes import WEIGHT_DTYPES
 from megatron.checkpoint.hf import HuggingFaceSource

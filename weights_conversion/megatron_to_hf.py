@@ -14,7 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from tqdm import tqdm  # type: ignore[import-untyped]
+from tqdm import tqdm
 
 from megatron.checkpoint.dtypes import WEIGHT_DTYPES
 from megatron.checkpoint.hf import carried_files

@@ -3,13 +3,13 @@
 The plain ones (`all_reduce`, `all_gather`, `reduce_scatter`, `split`) work on detached data. The pairs
 make an operation differentiable by the one that transposes it:
 
-    forward                       backward                      used where
-    copy_to_ranks    identity     all-reduce                    input of a column-parallel linear
-    reduce_from_ranks all-reduce  identity                      output of a row-parallel linear
-    gather_sequence  all-gather   reduce-scatter                input of a column-parallel linear, sequence parallel
-    scatter_sequence reduce-scatter all-gather                  output of a row-parallel linear, sequence parallel
-    split_sequence   split        all-gather                    a replicated activation enters the sequence shards
-    gather_last_dim  all-gather   split                         whole logits from vocabulary shards
+    forward                             backward      used where
+    reduce_from_ranks  all-reduce       identity      output of the embedding
+    scatter_sequence   reduce-scatter   all-gather    output of the embedding, sequence parallel
+    gather_last_dim    all-gather       split         whole logits from vocabulary shards
+
+The linears (core/tensor_parallel/linear.py) have their pairs inside: identity with all-reduce and all-gather with
+reduce-scatter on the way in, and the two of the embedding on the way out, overlapped with the weight gradient.
 
 Everything is the identity on an axis of size 1. Sequences are dimension 0: [s, b, h] <-> [s/tp, b, h].
 """
@@ -90,27 +90,14 @@ def split(x: Tensor, axis: Axis) -> Tensor:
     return x.chunk(axis.size, dim=0)[axis.rank]
 
 
-def copy_to_ranks(x: Tensor, axis: Axis) -> Tensor:
-    return _conjugate(x, axis, _identity, all_reduce)  # backward: all-reduce
-
-
 def reduce_from_ranks(x: Tensor, axis: Axis) -> Tensor:
+    """The sum of `x` over ranks, which takes the memory of `x`."""
     return _conjugate(x, axis, all_reduce, _identity)  # backward: identity
 
 
-def gather_sequence(x: Tensor, axis: Axis) -> Tensor:
-    """[s/tp, b, h] -> [s, b, h]."""
-    return _conjugate(x, axis, all_gather, reduce_scatter)  # backward: reduce-scatter
-
-
 def scatter_sequence(x: Tensor, axis: Axis) -> Tensor:
-    """[s, b, h], one summand on each rank -> [s/tp, b, h], summed."""
+    """[s, b, h], one summand on each rank -> [s/tp, b, h], summed. May take the memory of `x`."""
     return _conjugate(x, axis, reduce_scatter, all_gather)  # backward: all-gather
-
-
-def split_sequence(x: Tensor, axis: Axis) -> Tensor:
-    """[s, b, h], alike on all ranks -> this rank's [s/tp, b, h]."""
-    return _conjugate(x, axis, split, all_gather)  # backward: all-gather
 
 
 def gather_last_dim(x: Tensor, axis: Axis) -> Tensor:
@@ -138,18 +125,13 @@ def _conjugate(x: Tensor, axis: Axis, forward: Operation, backward: Operation) -
 
 
 class _Conjugate(torch.autograd.Function):
-    """An operation on detached data, differentiated by its transpose."""
+    """An operation on detached data, differentiated by its transpose, which leaves the gradient it gets alone."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, axis: Axis, forward: Operation, backward: Operation) -> Tensor:
         ctx.axis, ctx.backward_operation = axis, backward
-        # Neither the caller's tensor nor an incoming gradient may be reduced in place: others may hold it.
-        return forward(x.clone() if forward in _IN_PLACE else x.view_as(x), axis)
+        return forward(x.view_as(x), axis)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
-        grad = grad.clone() if ctx.backward_operation in _IN_PLACE else grad
         return ctx.backward_operation(grad, ctx.axis), None, None, None
-
-
-_IN_PLACE: Final = frozenset({all_reduce, reduce_scatter})

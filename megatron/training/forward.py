@@ -59,7 +59,9 @@ class MicrobatchForward:
         if not stage.is_last:
             return output
         labels, mask = batch.labels.t(), batch.loss_mask.t()
-        losses = vocab_parallel_cross_entropy(output, labels, self.topology.tp, vocab_size=stage.config.vocab_size)
+        losses = vocab_parallel_cross_entropy(
+            output, labels, self.topology.tp, vocab_size=stage.config.vocab_size, compile=stage.is_compiled
+        )
         # A label that does not count may have any loss, so it is left out, not multiplied by zero.
         loss = torch.where(mask > 0, losses * mask, 0.0).sum()
         self.sums.loss += loss.detach()

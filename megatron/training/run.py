@@ -58,7 +58,7 @@ def train(run: RunConfig, tokenizer: Tokenizer, source: Source | None) -> None:
     timeout = timedelta(minutes=run.training.distributed_timeout_minutes)
     topology = Topology.create(run.layout, device, timeout=timeout)
 
-    parts = _build(run, topology, kernel)
+    parts = build_run_parts(run, topology, kernel)
     optimizer = Optimizer(run.optimizer, parts.data_parallel.shards)
     checkpoints = RunCheckpoints(
         run,
@@ -128,7 +128,8 @@ def _make_deterministic(run: RunConfig) -> None:
         torch.use_deterministic_algorithms(True)
 
 
-def _build(run: RunConfig, topology: Topology, kernel: AttentionKernel) -> PipelineParts:
+def build_run_parts(run: RunConfig, topology: Topology, kernel: AttentionKernel) -> PipelineParts:
+    """This rank's stages as `run` asks for them, with weights still to be filled."""
     parallel = run.parallel
     options = StageOptions(
         padded_vocab_size=run.padded_vocab_size,
@@ -137,8 +138,9 @@ def _build(run: RunConfig, topology: Topology, kernel: AttentionKernel) -> Pipel
             parallel.recompute_granularity, parallel.recompute_method or "uniform", parallel.recompute_num_layers
         ),
         kernel=kernel,
+        compile=run.training.compile,
     )
-    engine = DataParallelConfig(zero_stage=parallel.zero_stage, compute_dtype=_compute_dtype(run))
+    engine = DataParallelConfig(zero_stage=parallel.zero_stage, compute_dtype=compute_dtype(run))
     return build_parts(run.model, topology, options, engine, num_chunks=run.num_stages_per_rank)
 
 
@@ -147,12 +149,13 @@ def _pipeline(run: RunConfig, topology: Topology, parts: PipelineParts) -> Pipel
         parts,
         topology,
         schedule=run.parallel.pipeline_schedule,
-        compute_dtype=_compute_dtype(run),
+        compute_dtype=compute_dtype(run),
         sequence_parallel=run.parallel.sequence_parallel,
     )
 
 
-def _compute_dtype(run: RunConfig) -> torch.dtype:
+def compute_dtype(run: RunConfig) -> torch.dtype:
+    """What the stages compute in; the masters are fp32 either way."""
     return torch.bfloat16 if run.training.bf16 else torch.float32
 
 
