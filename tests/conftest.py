@@ -6,7 +6,7 @@ import pytest
 
 OPT_IN = {
     "gpu": "needs an NVIDIA GPU: run `pytest -m gpu` on a machine that has one",
-    "slow": "the full matrix takes hours: run `pytest -m slow`",
+    "slow": "the full matrix takes half an hour or more: run `pytest -m slow`",
 }
 
 

@@ -55,7 +55,9 @@ class ParallelConfig:
             "recompute_num_layers layers of a stage are recomputed (block); default: uniform"
         },
     )
-    recompute_num_layers: int = field(default=1, metadata={"help": "full: see --recompute_method"})
+    recompute_num_layers: int = field(
+        default=1, metadata={"help": "full: see --recompute_method; with ZeRO-3 a uniform group is gathered together"}
+    )
 
     def __post_init__(self) -> None:
         """Raises ConfigError for options that contradict each other."""

@@ -84,25 +84,31 @@ def state_bytes(run: RunConfig, stages: Sequence[Stage]) -> tuple[int, int, int]
     """(weights, gradients, optimizer state) of the rank that holds `stages`, on the first data rank, which has most.
 
     Per parameter, with bf16, AdamW and d data ranks: 18 bytes without ZeRO, 6 + 16/d with stage 1, 2 + 16/d with
-    stage 2 (its gradients whole for one layer at a time), 16/d with stage 3 (its weights too).
+    stage 2 (its gradients whole for one unit at a time), 16/d with stage 3 (its weights too).
     """
     zero_stage, whole = run.parallel.zero_stage, sum(map(_count, stages))
     owned = sum(_owned(parameter, run) for stage in stages for parameter in stage.parameters())
     states_per_parameter = {"adam": 2, "sgd": 1 if run.optimizer.sgd_momentum else 0}[run.optimizer.optimizer]
     optimizer = states_per_parameter * MASTER_BYTES * owned
-    layer = max(_count(layer) for stage in stages for layer in stage.layers)
     if zero_stage == 0:
         copies = _compute_bytes(run) * whole if run.training.bf16 else 0
         return MASTER_BYTES * whole + copies, MASTER_BYTES * whole, optimizer
-    if zero_stage == 3:
-        # Embedding and head stay gathered over a pass, and while one layer computes the next one arrives.
-        outside = max(_count(stage) - sum(map(_count, stage.layers)) for stage in stages)
-        gathered = outside + 2 * layer
-    else:
-        gathered = whole
-    unreduced = whole if zero_stage == 1 else layer
+    gathered = max(_gathered_under_zero_3(run, stage) for stage in stages) if zero_stage == 3 else whole
+    unreduced = whole if zero_stage == 1 else max(_count(unit) for stage in stages for unit in stage.units())
     weights = MASTER_BYTES * owned + _compute_bytes(run) * gathered
     return weights, MASTER_BYTES * (owned + unreduced), optimizer
+
+
+def _gathered_under_zero_3(run: RunConfig, stage: Stage) -> int:
+    """Weights gathered at once: while one unit computes the next one arrives, and a tied embedding stays.
+
+    A group of layers that is recomputed together is gathered together.
+    """
+    parallel, sizes = run.parallel, [_count(unit) for unit in stage.units()]
+    is_grouped = parallel.recompute_granularity == "full" and parallel.recompute_method == "uniform"
+    at_once = max(2, parallel.recompute_num_layers if is_grouped else 0)
+    most = max(sum(sizes[start : start + at_once]) for start in range(len(sizes)))
+    return _count(stage) - sum(sizes) + most
 
 
 def layer_bytes(run: RunConfig) -> int:

@@ -47,10 +47,7 @@ class TrainStep:
         sums = self.pipeline.train(batches, streams)
         result, factor = self.finish(sums)
         self._check_finite(result, iteration)
-        scale_gradients(self.data_parallel.shards, factor)
-        self.optimizer.step(lr)
-        self.data_parallel.refresh()
-        self.data_parallel.zero_gradients()
+        self.update(factor, lr)
         return result
 
     def finish(self, sums: LossSums) -> tuple[StepResult, float]:
@@ -64,6 +61,13 @@ class TrainStep:
         scale = 1.0 / max(valid_tokens, 1)
         norm = math.sqrt(square) * scale
         return StepResult(loss, norm, valid_tokens), clip_factor(norm, self.clip_grad) * scale
+
+    def update(self, factor: float, lr: float) -> None:
+        """Updates the weights with the finished gradients times `factor`, and clears them."""
+        scale_gradients(self.data_parallel.shards, factor)
+        self.optimizer.step(lr)
+        self.data_parallel.refresh()
+        self.data_parallel.zero_gradients()
 
     def _check_finite(self, result: StepResult, iteration: int) -> None:
         if not (abs(result.loss) < float("inf") and result.grad_norm < float("inf")):
