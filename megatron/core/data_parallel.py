@@ -170,12 +170,12 @@ class _FullySharded:
         self._stages = [cast(FSDPModule, stage) for stage in stages]
         self._zero_stage = config.zero_stage
         self._modules: list[FSDPModule] = []
-        # One stage alone needs its root weights again at once when the backward pass begins; between the
-        # passes of several micro-batches in flight they would stay gathered for nothing.
-        reshard_root = True if topology.pp.size > 1 else None
         for stage, stage_units in zip(stages, units, strict=True):
+            # One stage alone begins its backward pass at once with what it needed last, its last unit and its own
+            # weights; with several micro-batches in flight they would stay gathered for nothing.
+            needed_at_once = (stage_units[-1], stage) if topology.pp.size == 1 else ()
             for module in (*stage_units, stage):
-                reshard = (reshard_root if module is stage else True) if config.zero_stage == 3 else False
+                reshard = config.zero_stage == 3 and not any(module is other for other in needed_at_once)
                 materialize(module, topology.device)
                 self._modules.append(_shard(module, topology.data_mesh, reshard, config.compute_dtype))
             if config.zero_stage < 3:
@@ -206,7 +206,7 @@ class _FullySharded:
             module.reshard()
 
 
-def _shard(module: nn.Module, mesh: DeviceMesh, reshard: bool | None, compute_dtype: torch.dtype | None) -> FSDPModule:
+def _shard(module: nn.Module, mesh: DeviceMesh, reshard: bool, compute_dtype: torch.dtype | None) -> FSDPModule:
     master_dtype = next((p.dtype for p in module.parameters() if p.requires_grad), None)
     policy = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=master_dtype, cast_forward_inputs=False)
     sharded = fully_shard(module, mesh=mesh, reshard_after_forward=reshard, mp_policy=policy)

@@ -34,6 +34,10 @@ class RecomputePolicy:
     def attention_core(self) -> Checkpoint:
         return _recomputed if self.granularity == "selective" else _kept
 
+    def num_recomputed(self, num_layers: int) -> int:
+        """How many of a stage's `num_layers` layers run forward once more before their backward pass."""
+        return sum(len(group) for group, call in self.groups(num_layers) if call is _recomputed)
+
     def groups(self, num_layers: int) -> list[tuple[range, Checkpoint]]:
         """Consecutive groups of a stage's `num_layers` layers, and how each group is called."""
         if self.granularity != "full":

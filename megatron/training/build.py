@@ -8,9 +8,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from megatron.config import ParallelConfig
 from megatron.core.data_parallel import DataParallel, DataParallelConfig
 from megatron.core.layout import place_layers
 from megatron.core.pipeline.actions import Placement
+from megatron.core.pipeline.simulation import Costs, StageCosts
+from megatron.core.recompute import RecomputePolicy
 from megatron.core.sharding import Region, fill
 from megatron.core.tensor_parallel import shard_specs
 from megatron.core.topology import Topology
@@ -25,6 +28,7 @@ class PipelineParts:
 
     placement: Placement
     layers: tuple[range, ...]
+    costs: Costs
     stages: dict[int, Stage]
     data_parallel: DataParallel
 
@@ -51,13 +55,29 @@ def build_parts(
     specs = [shard_specs(stage) for stage in stages.values()]
     units = [stage.units() for stage in stages.values()]
     engine = DataParallel(list(stages.values()), specs, units, topology, data_parallel)
-    return PipelineParts(placement, layers, stages, engine)
+    return PipelineParts(placement, layers, stage_costs(config, layers, options.recompute), stages, engine)
 
 
 def assign_layers(config: ModelConfig, num_stages: int, *, num_chunks: int = 1) -> tuple[range, ...]:
     """Layers per stage, balanced with the head counted; interleaved stages get equal numbers, as asked for."""
     head_cost = head_cost_in_layers(config) if num_stages > 1 and num_chunks == 1 else 0.0
     return place_layers(config.num_layers, num_stages, head_cost=head_cost)
+
+
+def recompute_policy(parallel: ParallelConfig) -> RecomputePolicy:
+    """The policy that the recompute flags describe."""
+    return RecomputePolicy(
+        parallel.recompute_granularity, parallel.recompute_method or "uniform", parallel.recompute_num_layers
+    )
+
+
+def stage_costs(config: ModelConfig, layers: Sequence[range], recompute: RecomputePolicy) -> Costs:
+    """Times of the stages in units of a layer's forward pass; matmuls take twice as long backward."""
+    costs = []
+    for number, held in enumerate(layers):
+        forward = len(held) + (head_cost_in_layers(config) if number == len(layers) - 1 else 0.0)
+        costs.append(StageCosts(forward, forward + recompute.num_recomputed(len(held)), forward))
+    return Costs(tuple(costs))
 
 
 def build_stage(

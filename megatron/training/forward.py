@@ -113,7 +113,7 @@ class Pipeline:
             else:
                 schedule = forward_only(placement, num_microbatches)
             validate(schedule)
-            self._executors[key] = PipelineExecutor(lower(schedule), self.topology.pp.rank)
+            self._executors[key] = PipelineExecutor(lower(schedule, self.parts.costs), self.topology.pp.rank)
         return self._executors[key]
 
     def _wire(self, batch: Batch) -> Wire:

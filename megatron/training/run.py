@@ -21,7 +21,6 @@ from megatron.checkpoint.source import Source, TokenizerIdentity
 from megatron.checkpoint.tokenizer_files import TOKENIZER_FOLDER, tokenizer_files
 from megatron.config import RunConfig
 from megatron.core.data_parallel import DataParallelConfig
-from megatron.core.recompute import RecomputePolicy
 from megatron.core.topology import Topology, launch_environment
 from megatron.errors import ConfigError
 from megatron.model.attention import AttentionKernel, flash_attention, sdpa_attention
@@ -29,7 +28,7 @@ from megatron.model.init import initial_value
 from megatron.model.stage import StageOptions
 from megatron.optimizer.optimizers import Optimizer
 from megatron.tokenizer import Tokenizer
-from megatron.training.build import PipelineParts, build_parts, fill_weights
+from megatron.training.build import PipelineParts, build_parts, fill_weights, recompute_policy
 from megatron.training.checkpointing import Progress, RunCheckpoints, resume_point
 from megatron.training.datasets import RunDatasets, build_datasets, describe_continuation
 from megatron.training.forward import Pipeline
@@ -134,9 +133,7 @@ def build_run_parts(run: RunConfig, topology: Topology, kernel: AttentionKernel)
     options = StageOptions(
         padded_vocab_size=run.padded_vocab_size,
         sequence_parallel=parallel.sequence_parallel,
-        recompute=RecomputePolicy(
-            parallel.recompute_granularity, parallel.recompute_method or "uniform", parallel.recompute_num_layers
-        ),
+        recompute=recompute_policy(run.parallel),
         kernel=kernel,
         compile=run.training.compile,
     )

@@ -9,8 +9,9 @@ from pathlib import Path
 import torch
 
 from megatron.config import RunConfig
-from megatron.core.pipeline import Costs, Schedule, StageCosts, Timeline, build_schedule, simulate
-from megatron.model.flops import head_cost_in_layers, num_parameters
+from megatron.core.pipeline import Schedule, Timeline, build_schedule, simulate
+from megatron.model.flops import num_parameters
+from megatron.training.build import recompute_policy, stage_costs
 from megatron.training.datasets import RunDatasets
 from megatron.training.memory import MemoryEstimate, estimate
 from megatron.training.metrics import GIB, MIB
@@ -28,7 +29,7 @@ def startup_summary(
     schedule = build_schedule(
         run.parallel.pipeline_schedule, run.layout.pp, run.num_microbatches, num_chunks=run.num_stages_per_rank
     )
-    timeline = simulate(schedule, _costs(run, layers))
+    timeline = simulate(schedule, stage_costs(run.model, layers, recompute_policy(run.parallel)))
     entries = [
         ("model", _model(run)),
         ("vocabulary", _vocabulary(run)),
@@ -217,25 +218,6 @@ def _held(stages: Sequence[int], layers: Sequence[range]) -> str:
 
 def _layers(layers: range) -> str:
     return f"{layers.start}-{layers[-1]}" if len(layers) > 1 else f"{layers.start}"
-
-
-def _costs(run: RunConfig, layers: Sequence[range]) -> Costs:
-    """Times of the stages in units of a layer's forward pass; matmuls take twice as long backward."""
-    head = head_cost_in_layers(run.model)
-    stages = []
-    for stage, held in enumerate(layers):
-        forward = len(held) + (head if stage == len(layers) - 1 else 0.0)
-        stages.append(StageCosts(forward, forward + _num_recomputed(run, len(held)), forward))
-    return Costs(tuple(stages))
-
-
-def _num_recomputed(run: RunConfig, num_layers: int) -> int:
-    """Layers of a stage whose forward pass runs again before their backward pass."""
-    if run.parallel.recompute_granularity != "full":
-        return 0
-    return (
-        num_layers if run.parallel.recompute_method == "uniform" else min(run.parallel.recompute_num_layers, num_layers)
-    )
 
 
 def _count(number: int) -> str:
