@@ -114,7 +114,7 @@ def test_no_file_names_a_path_of_its_authors_machine() -> None:
 def test_machine_paths_are_told_from_placeholders_and_addresses() -> None:
     home = "/" + "home/jane/data"  # written in two parts: this file is read as well
     assert rules.machine_paths(f"--data_path {home}/corpus") == ["/" + "home/jane"]
-    assert rules.machine_paths("/path/to/data https://host/home/page $HOME/home/x a/work/b") == []
+    assert rules.machine_paths("/path/to/data https://host/home/page $HOME/home/x a/home/b") == []
 
 
 def text_files() -> list[Path]:
