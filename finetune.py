@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from megatron.checkpoint.manager import open_source
+from megatron.checkpoint.opening import open_source
 from megatron.checkpoint.source import Source
 from megatron.cli import run_and_leave
 from megatron.config import TypedFlags, checkpoint_arguments, parse_run, resolve, resolve_tokenizer

@@ -23,7 +23,8 @@ from torch import nn
 
 from megatron.checkpoint.agreement import on_every_rank
 from megatron.checkpoint.hf import HuggingFaceSource
-from megatron.checkpoint.manager import load, open_source
+from megatron.checkpoint.manager import load
+from megatron.checkpoint.opening import open_source
 from megatron.checkpoint.source import MODEL, LocalTensor, Source
 from megatron.cli import ArgumentParser, run_and_leave
 from megatron.config import RunConfig, TypedFlags, checkpoint_arguments, parse_run, resolve

@@ -18,7 +18,7 @@ from torch import Tensor
 
 import finetune
 from distributed import run_distributed
-from megatron.checkpoint.manager import open_source
+from megatron.checkpoint.opening import open_source
 from megatron.cli import entry
 from megatron.data.indexed import IndexedDatasetWriter
 from rank_process import REPOSITORY

@@ -13,8 +13,8 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from megatron.checkpoint.manager import open_source
 from megatron.checkpoint.manifest import MANIFEST_FILE
+from megatron.checkpoint.opening import open_source
 from megatron.checkpoint.reshard import Resharding, check_room, has_optimizer_state, plan_resharding, reshard
 from megatron.checkpoint.source import Source
 from megatron.checkpoint.vocabulary import ResizedVocabulary

@@ -26,7 +26,7 @@ from megatron.checkpoint.hf_export import (
     split_by_size,
     write_hf_folder,
 )
-from megatron.checkpoint.manager import open_source
+from megatron.checkpoint.opening import open_source
 from megatron.checkpoint.source import Source
 from megatron.checkpoint.tokenizer_files import TOKENIZER_FOLDER, added_config, tokenizer_files
 from megatron.cli import ArgumentParser, run_main, warn

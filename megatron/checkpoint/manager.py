@@ -11,10 +11,6 @@ from pathlib import Path
 
 from megatron.checkpoint.agreement import on_every_rank
 from megatron.checkpoint.commit import commit
-from megatron.checkpoint.hf import HuggingFaceSource
-from megatron.checkpoint.locate import TRACKER_FILE, find_checkpoint, list_iterations
-from megatron.checkpoint.manifest import MANIFEST_FILE
-from megatron.checkpoint.native import NativeSource
 from megatron.checkpoint.plan import Rectangle
 from megatron.checkpoint.source import CheckpointInfo, LocalTensor, Source, load_tensors
 from megatron.checkpoint.storage import BLOCK_BYTES, OutgoingPiece, write_file
@@ -25,13 +21,6 @@ from megatron.model.config import ModelConfig
 
 # These shape neither the parameters nor the function that is evaluated.
 TRAINING_FIELDS = frozenset({"hidden_dropout", "attention_dropout", "init_method_std"})
-
-_MAX_LISTED = 8
-
-_EXPECTED = (
-    f"give a folder that a run saved to (with {TRACKER_FILE}), an iter_XXXXXXX folder (with {MANIFEST_FILE}), "
-    "or a Hugging Face model (with config.json and safetensors files)"
-)
 
 
 def save(
@@ -51,41 +40,6 @@ def save(
         world,
         expected={local.entry(region) for local in tensors for region in local.regions},
     )
-
-
-def open_source(path: Path, iteration: int | None = None) -> Source:
-    """Opens what `path` is: the folder of a run, one iteration's folder in it, or a Hugging Face model.
-
-    Raises CheckpointError that says what was found and what is expected.
-    """
-    if (path / MANIFEST_FILE).exists():
-        return _open_iteration(path, iteration)
-    if (path / TRACKER_FILE).exists() or list_iterations(path):
-        return NativeSource(find_checkpoint(path, iteration))
-    if (path / "config.json").exists():
-        if iteration is not None:
-            raise CheckpointError(f"--load_iters {iteration}: {path} is a Hugging Face model, which has none; drop it.")
-        return HuggingFaceSource(path)
-    if not path.is_dir():
-        raise CheckpointError(f"{path} is not a folder; {_EXPECTED}.")
-    names = sorted(entry.name for entry in path.iterdir())
-    more = f" and {len(names) - _MAX_LISTED} more" if len(names) > _MAX_LISTED else ""
-    raise CheckpointError(
-        f"{path} holds no checkpoint (found: {', '.join(names[:_MAX_LISTED]) or 'nothing'}{more}); {_EXPECTED}."
-    )
-
-
-def _open_iteration(folder: Path, iteration: int | None) -> NativeSource:
-    source = NativeSource(folder)
-    stored = source.manifest.info.state.iteration
-    if iteration not in (None, stored):
-        raise CheckpointError(f"--load_iters {iteration}: {folder} is iteration {stored}; give its parent folder.")
-    return source
-
-
-def open_checkpoint(path: Path, world: Axis, iteration: int | None = None) -> Source:
-    """`open_source` on every rank; all raise if one cannot open it (its host does not see the folder, say)."""
-    return on_every_rank(world, lambda: open_source(path, iteration))
 
 
 def load(source: Source, tensors: Sequence[LocalTensor], world: Axis, *, narrow: bool = False) -> None:

@@ -14,7 +14,8 @@ from checkpoint_samples import INFO, blank_like, held_by, whole_tensors
 from distributed import run_distributed
 from megatron.checkpoint.agreement import gather_to_first, on_every_rank, on_first_rank
 from megatron.checkpoint.locate import find_checkpoint, list_iterations
-from megatron.checkpoint.manager import load, open_checkpoint, save
+from megatron.checkpoint.manager import load, save
+from megatron.checkpoint.opening import open_checkpoint
 from megatron.core.layout import ParallelLayout
 from megatron.core.topology import Axis
 from megatron.errors import CheckpointError

@@ -13,7 +13,7 @@ from hf_folders import SIZES, VARIANTS, edit_json, save_llama, stored_tensors
 from megatron.checkpoint import hf
 from megatron.checkpoint.hf import INDEX_FILE, HuggingFaceSource, logical_shapes
 from megatron.checkpoint.hf_rules import LLAMA
-from megatron.checkpoint.manager import open_source
+from megatron.checkpoint.opening import open_source
 from megatron.checkpoint.source import LocalTensor, load_tensors
 from megatron.core.sharding import Block, ShardSpec
 from megatron.errors import CheckpointError

@@ -24,7 +24,8 @@ from megatron.checkpoint.hf_export import (
     write_hf_folder,
 )
 from megatron.checkpoint.hf_import import import_hf_folder
-from megatron.checkpoint.manager import open_source, save
+from megatron.checkpoint.manager import save
+from megatron.checkpoint.opening import open_source
 from megatron.checkpoint.source import CheckpointInfo, LocalTensor, RunState, Source
 from megatron.core.sharding import Block, ShardSpec
 from megatron.core.topology import Axis

@@ -14,9 +14,10 @@ from safetensors.torch import load_file
 
 from checkpoint_samples import CONFIG, INFO, VOCAB, blank_like, held_by, save_from_one_process, whole_tensors
 from megatron.checkpoint.locate import TRACKER_FILE, find_checkpoint, list_iterations
-from megatron.checkpoint.manager import check_architecture, load, open_source, save
+from megatron.checkpoint.manager import check_architecture, load, save
 from megatron.checkpoint.manifest import MANIFEST_FILE
 from megatron.checkpoint.native import NativeSource
+from megatron.checkpoint.opening import open_source
 from megatron.checkpoint.source import LocalTensor, Source, load_tensors
 from megatron.core.layout import ParallelLayout
 from megatron.core.sharding import Region

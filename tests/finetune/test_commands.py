@@ -16,7 +16,7 @@ import torch
 from distributed import run_torchrun
 from finetune_runs import assert_same_bits, finetune_runs, finetune_succeeds, script_main, stored_entries
 from hf_folders import save_llama
-from megatron.checkpoint.manager import open_source
+from megatron.checkpoint.opening import open_source
 from megatron.data.indexed import IndexedDataset
 from tiny_tokenizers import SENTENCEPIECE_PIECES, TEXT, write_sentencepiece
 

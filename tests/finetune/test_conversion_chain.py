@@ -8,7 +8,7 @@ from transformers import LlamaForCausalLM
 
 from finetune_runs import script_main
 from hf_folders import VARIANTS, loaded_config, save_llama, stored_tensors
-from megatron.checkpoint.manager import open_source
+from megatron.checkpoint.opening import open_source
 from reference import logits_of, serial_stage
 
 # Large enough that every part of the model matters, and small enough that fp32 tells rounding from a mistake.

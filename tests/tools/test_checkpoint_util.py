@@ -17,8 +17,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from megatron.checkpoint.manager import load, open_source, save
+from megatron.checkpoint.manager import load, save
 from megatron.checkpoint.native import NativeSource
+from megatron.checkpoint.opening import open_source
 from megatron.checkpoint.placement import specs_of_rank
 from megatron.checkpoint.source import CheckpointInfo, LocalTensor, RunState, TokenizerIdentity
 from megatron.core.layout import ParallelLayout

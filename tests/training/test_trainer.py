@@ -32,7 +32,7 @@ from finetune_runs import (
 )
 from hf_folders import save_llama
 from megatron.checkpoint.locate import list_iterations
-from megatron.checkpoint.manager import open_source
+from megatron.checkpoint.opening import open_source
 from megatron.checkpoint.source import RunState
 from megatron.config import parse_run
 from megatron.data.loader import StepLoader

@@ -16,7 +16,7 @@ from transformers import AutoTokenizer
 
 from hf_folders import edit_json, loaded_config, save_llama, stored_tensors
 from megatron.checkpoint.hf import HuggingFaceSource
-from megatron.checkpoint.manager import open_source
+from megatron.checkpoint.opening import open_source
 from megatron.checkpoint.tokenizer_files import tokenizer_files
 from megatron.errors import CheckpointError, ConfigError, MegatronError
 from megatron.tokenizer.build import build_tokenizer

@@ -1,0 +1,96 @@
+"""What a folder is: the table of formats that can be loaded, and how each is opened."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron.checkpoint.agreement import on_every_rank
+from megatron.checkpoint.hf import CONFIG_FILE, HuggingFaceSource
+from megatron.checkpoint.locate import TRACKER_FILE, find_checkpoint, list_iterations
+from megatron.checkpoint.manifest import MANIFEST_FILE
+from megatron.checkpoint.native import NativeSource
+from megatron.checkpoint.source import Source
+from megatron.core.topology import Axis
+from megatron.errors import CheckpointError
+
+_MAX_LISTED = 8
+
+
+@dataclass(frozen=True)
+class Format:
+    """One kind of checkpoint. `open` takes the folder and the iteration asked for, None for the latest.
+
+    `looks_like` names what `recognises` goes by, to say what was expected of a folder that is none of them.
+    """
+
+    name: str
+    recognises: Callable[[Path], bool]
+    open: Callable[[Path, int | None], Source]
+    looks_like: str
+
+
+def open_source(path: Path, iteration: int | None = None) -> Source:
+    """Opens `path` as the first of `FORMATS` that recognises it.
+
+    Raises CheckpointError that says what was found and what is expected.
+    """
+    for known in FORMATS:
+        if known.recognises(path):
+            return known.open(path, iteration)
+    expected = f"give {', or '.join(known.looks_like for known in FORMATS)}"
+    if not path.is_dir():
+        raise CheckpointError(f"{path} is not a folder; {expected}.")
+    names = sorted(entry.name for entry in path.iterdir())
+    more = f" and {len(names) - _MAX_LISTED} more" if len(names) > _MAX_LISTED else ""
+    raise CheckpointError(
+        f"{path} holds no checkpoint (found: {', '.join(names[:_MAX_LISTED]) or 'nothing'}{more}); {expected}."
+    )
+
+
+def open_checkpoint(path: Path, world: Axis, iteration: int | None = None) -> Source:
+    """`open_source` on every rank; all raise if one cannot open it (its host does not see the folder, say)."""
+    return on_every_rank(world, lambda: open_source(path, iteration))
+
+
+def _is_native(path: Path) -> bool:
+    return any((path / name).exists() for name in (MANIFEST_FILE, TRACKER_FILE)) or bool(list_iterations(path))
+
+
+def _open_native(path: Path, iteration: int | None) -> NativeSource:
+    """`path` is the folder of a run or that of one iteration."""
+    if not (path / MANIFEST_FILE).exists():
+        return NativeSource(find_checkpoint(path, iteration))
+    source = NativeSource(path)
+    stored = source.manifest.info.state.iteration
+    if iteration not in (None, stored):
+        raise CheckpointError(f"--load_iters {iteration}: {path} is iteration {stored}; give its parent folder.")
+    return source
+
+
+def _is_hugging_face(path: Path) -> bool:
+    return (path / CONFIG_FILE).exists()
+
+
+def _open_hugging_face(path: Path, iteration: int | None) -> HuggingFaceSource:
+    if iteration is not None:
+        raise CheckpointError(f"--load_iters {iteration}: {path} is a Hugging Face model, which has none; drop it.")
+    return HuggingFaceSource(path)
+
+
+# The order decides where two recognise a folder.
+FORMATS: tuple[Format, ...] = (
+    Format(
+        "megatron",
+        _is_native,
+        _open_native,
+        f"a folder that a run saved to (with {TRACKER_FILE}), an iter_XXXXXXX folder (with {MANIFEST_FILE})",
+    ),
+    Format(
+        "hf",
+        _is_hugging_face,
+        _open_hugging_face,
+        "a Hugging Face model (with config.json and safetensors files)",
+    ),
+)
