@@ -16,7 +16,18 @@ from megatron.model.presets import family_defaults, preset
 _FREE_WITH_CHECKPOINT: Final = frozenset(
     {"hidden_dropout", "attention_dropout", "init_method_std", "rope_theta", "rope_scaling", "max_position_embeddings"}
 )
-_MARKS_OF_A_FAMILY: Final = ("use_rms_norm", "glu_activation", "position_embedding_type")
+# What all models of a family have in common, and together tells families apart. One that a family does not set is at
+# the default of the field.
+_MARKS_OF_A_FAMILY: Final = (
+    "use_rms_norm",
+    "glu_activation",
+    "mlp_activation",
+    "position_embedding_type",
+    "parallel_attn",
+    "qk_layernorm",
+    "apply_layernorm_1p",
+    "scale_embeddings",
+)
 _POSITIVE: Final = (
     "num_layers",
     "hidden_size",
@@ -79,9 +90,12 @@ def _from_checkpoint(stored: ModelConfig, explicit: Mapping[str, Any], training:
 
 
 def _check_family(stored: ModelConfig, model_name: str) -> None:
-    defaults = family_defaults(model_name)
+    family = family_defaults(model_name)
+    if not family:
+        return  # "gpt" is any architecture
+    defaults = {field.name: field.default for field in dataclasses.fields(ModelConfig)} | family
     for name in _MARKS_OF_A_FAMILY:
-        if name in defaults and defaults[name] != getattr(stored, name):
+        if defaults[name] != getattr(stored, name):
             raise ConfigError(
                 f"--model_name {model_name} has {name} {defaults[name]}, and the checkpoint has "
                 f"{getattr(stored, name)}: it is of another family; give the family it was made from."

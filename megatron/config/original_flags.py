@@ -148,10 +148,6 @@ REFUSED: Final[Mapping[str, str]] = MappingProxyType(
             "is not available yet; the log has the gradient norm. Drop it.",
         ),
         **_alike(
-            "parallel_attn parallel_layernorm sliding_window_size",
-            "belongs to the Falcon and Mistral families, which are not available yet; use another --model_name.",
-        ),
-        **_alike(
             "use_post_ln apply_residual_connection_post_layernorm",
             "is not available: every norm comes before its sublayer; drop it.",
         ),

@@ -25,7 +25,10 @@ class RopeScaling:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """A decoder-only transformer. Sizes left at None are derived in `__post_init__` and never None afterwards."""
+    """A transformer. Sizes left at None are derived in `__post_init__` and never None afterwards.
+
+    A field that was added later has the default that means what models did before it: stored configurations lack it.
+    """
 
     num_layers: int = field(metadata={"help": "number of transformer layers"})
     hidden_size: int = field(metadata={"help": "width of the residual stream"})
@@ -41,14 +44,36 @@ class ModelConfig:
     )  # type: ignore[assignment]
     use_rms_norm: bool = field(default=False, metadata={"help": "RMSNorm instead of LayerNorm"})
     layernorm_epsilon: float = field(default=1e-5, metadata={"help": "epsilon of every norm"})
-    glu_activation: Literal["swiglu", "geglu", "liglu", "reglu"] | None = field(
-        default=None, metadata={"help": "gated activation of the MLP; default: plain GELU"}
+    glu_activation: Literal["swiglu", "geglu", "geglu_tanh", "liglu", "reglu"] | None = field(
+        default=None, metadata={"help": "gated activation of the MLP; default: none, see mlp_activation"}
+    )
+    mlp_activation: Literal["gelu", "gelu_tanh"] = field(
+        default="gelu", metadata={"help": "activation of an MLP without a gate: GELU, or its approximation by a tanh"}
     )
     position_embedding_type: Literal["rotary", "absolute"] = field(
         default="absolute", metadata={"help": "rotary or learned absolute positions"}
     )
     rope_theta: float = field(default=10000.0, metadata={"help": "base of the rotary frequencies"})
     rope_scaling: RopeScaling | None = None
+    sliding_window_size: int | None = field(
+        default=None, metadata={"help": "a token attends to this many last positions, its own included; default: all"}
+    )
+    parallel_attn: bool = field(
+        default=False,
+        metadata={"help": "attention and MLP side by side: both read the same norm and are added (Falcon)"},
+    )
+    parallel_layernorm: bool = field(
+        default=False, metadata={"help": "with --parallel_attn: the MLP has a norm of its own (Falcon 40B)"}
+    )
+    qk_layernorm: bool = field(
+        default=False, metadata={"help": "RMSNorm of every query and key head, before rotation (Qwen3)"}
+    )
+    apply_layernorm_1p: bool = field(
+        default=False, metadata={"help": "norms multiply by 1 + weight, and weights start at 0 (Gemma)"}
+    )
+    scale_embeddings: bool = field(
+        default=False, metadata={"help": "multiply word embeddings by sqrt(hidden_size) (Gemma)"}
+    )
     qkv_bias: bool = False
     attention_output_bias: bool = False
     mlp_bias: bool = False
@@ -58,6 +83,11 @@ class ModelConfig:
     init_method_std: float = field(default=0.02, metadata={"help": "standard deviation of initial weights"})
 
     def __post_init__(self) -> None:
+        """Raises ConfigError for what no model can have."""
+        self._derive_sizes()
+        self._check_block()
+
+    def _derive_sizes(self) -> None:
         if self.num_attention_heads_kv is None:
             object.__setattr__(self, "num_attention_heads_kv", self.num_attention_heads)
         if self.ffn_hidden_size is None:
@@ -73,4 +103,21 @@ class ModelConfig:
             raise ConfigError(
                 f"--num_attention_heads {self.num_attention_heads} is not a multiple of --num_attention_heads_kv "
                 f"{self.num_attention_heads_kv}; every key/value head serves the same number of query heads."
+            )
+
+    def _check_block(self) -> None:
+        if self.parallel_layernorm and not self.parallel_attn:
+            raise ConfigError(
+                "--parallel_layernorm gives the MLP beside the attention a norm of its own, and without "
+                "--parallel_attn they are not side by side; add it, or drop --parallel_layernorm."
+            )
+        if self.sliding_window_size is not None and self.sliding_window_size < 1:
+            raise ConfigError(
+                f"--sliding_window_size {self.sliding_window_size} leaves a token nothing to attend to; use 1 or more, "
+                "or leave it out to attend to everything before."
+            )
+        if self.glu_activation is not None and self.mlp_activation != "gelu":
+            raise ConfigError(
+                f"--mlp_activation {self.mlp_activation} is of an MLP without a gate, and --glu_activation is "
+                f"{self.glu_activation}; drop one of them (geglu_tanh is the gated one)."
             )

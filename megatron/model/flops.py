@@ -11,7 +11,8 @@ def num_parameters(config: ModelConfig) -> int:
     n, k = config.num_attention_heads, config.num_attention_heads_kv
     norm = h if config.use_rms_norm else 2 * h
     gates = 2 if config.glu_activation else 1
-    layer = _matmul_parameters_of_layer(config) + 2 * norm
+    num_norms = 1 if config.parallel_attn and not config.parallel_layernorm else 2
+    layer = _matmul_parameters_of_layer(config) + num_norms * norm + (2 * d if config.qk_layernorm else 0)
     layer += ((n + 2 * k) * d if config.qkv_bias else 0) + (h if config.attention_output_bias else 0)
     layer += gates * f + h if config.mlp_bias else 0
     positions = config.max_position_embeddings * h if config.position_embedding_type == "absolute" else 0

@@ -41,6 +41,59 @@ _LLAMA_ARCHITECTURE: Mapping[str, Any] = {
 }
 
 
+# Without `use_rms_norm` and `glu_activation`: LayerNorm, and an MLP of two matrices.
+_FALCON_ARCHITECTURE: Mapping[str, Any] = {
+    "use_rms_norm": False,
+    "layernorm_epsilon": 1e-5,
+    "glu_activation": None,
+    "mlp_activation": "gelu",
+    "position_embedding_type": "rotary",
+    "parallel_attn": True,
+    "qkv_bias": False,
+    "attention_output_bias": False,
+    "mlp_bias": False,
+    "tie_embed_logits": True,
+    "hidden_dropout": 0.0,
+    "attention_dropout": 0.0,
+    "vocab_size": 65024,
+    "max_position_embeddings": 2048,
+}
+
+_GPT2_ARCHITECTURE: Mapping[str, Any] = {
+    "use_rms_norm": False,
+    "layernorm_epsilon": 1e-5,
+    "glu_activation": None,
+    "mlp_activation": "gelu_tanh",
+    "position_embedding_type": "absolute",
+    "qkv_bias": True,
+    "attention_output_bias": True,
+    "mlp_bias": True,
+    "tie_embed_logits": True,
+    "hidden_dropout": 0.1,
+    "attention_dropout": 0.1,
+    "vocab_size": 50257,
+    "max_position_embeddings": 1024,
+}
+
+_QWEN_ARCHITECTURE: Mapping[str, Any] = {
+    **_LLAMA_ARCHITECTURE,
+    "layernorm_epsilon": 1e-6,
+    "rope_theta": 1e6,
+    "vocab_size": 151936,
+}
+
+_GEMMA_ARCHITECTURE: Mapping[str, Any] = {
+    **_LLAMA_ARCHITECTURE,
+    "glu_activation": "geglu_tanh",
+    "apply_layernorm_1p": True,
+    "scale_embeddings": True,
+    "layernorm_epsilon": 1e-6,
+    "tie_embed_logits": True,
+    "vocab_size": 256000,
+    "max_position_embeddings": 8192,
+}
+
+
 def _size(layers: int, hidden: int, heads: int, heads_kv: int, ffn: int, **other: Any) -> dict[str, Any]:
     return {
         "num_layers": layers,
@@ -58,11 +111,22 @@ def _stretched(factor: float) -> dict[str, Any]:
     return {"max_position_embeddings": 131072, "rope_scaling": scaling}
 
 
+_TIED: Mapping[str, Any] = {"tie_embed_logits": True}
+# The larger Qwen2 models have more embedding rows, for the same tokens.
+_QWEN2_LARGE: Mapping[str, Any] = {"vocab_size": 152064}
+_QWEN2_LARGEST: Mapping[str, Any] = {**_QWEN2_LARGE, "layernorm_epsilon": 1e-5}
+
 _LLAMA_7B: Mapping[str, Any] = _size(32, 4096, 32, 32, 11008)
 _LLAMA_13B: Mapping[str, Any] = _size(40, 5120, 40, 40, 13824)
 _LLAMA3_8B: Mapping[str, Any] = _size(32, 4096, 32, 8, 14336)
 _LLAMA3_70B: Mapping[str, Any] = _size(80, 8192, 64, 8, 28672)
 _LLAMA3_405B: Mapping[str, Any] = _size(126, 16384, 128, 8, 53248, **_stretched(8.0))
+
+_MISTRAL_7B: Mapping[str, Any] = _LLAMA3_8B
+_QWEN2_05B: Mapping[str, Any] = _size(24, 896, 14, 2, 4864, **_TIED)
+_QWEN2_15B: Mapping[str, Any] = _size(28, 1536, 12, 2, 8960, **_TIED)
+_QWEN2_7B: Mapping[str, Any] = _size(28, 3584, 28, 4, 18944, **_QWEN2_LARGE)
+_QWEN2_72B: Mapping[str, Any] = _size(80, 8192, 64, 8, 29568, **_QWEN2_LARGEST)
 
 _FAMILIES: Final[Mapping[str, _Family]] = MappingProxyType(
     {
@@ -127,6 +191,79 @@ _FAMILIES: Final[Mapping[str, _Family]] = MappingProxyType(
                 "3.2-3": "meta-llama/Llama-3.2-3B",
             },
         ),
+        "falcon": _Family(
+            _FALCON_ARCHITECTURE,
+            {
+                "7": _size(32, 4544, 71, 1, 18176),
+                "40": _size(60, 8192, 128, 8, 32768, parallel_layernorm=True),
+            },
+            {size: f"tiiuae/falcon-{size}b" for size in ("7", "40")},
+        ),
+        "mistral": _Family(
+            {**_LLAMA_ARCHITECTURE, "layernorm_epsilon": 1e-5, "vocab_size": 32000, "max_position_embeddings": 32768},
+            {
+                "7": {**_MISTRAL_7B, "sliding_window_size": 4096},
+                "7-v0.2": {**_MISTRAL_7B, "rope_theta": 1e6},
+                "7-v0.3": {**_MISTRAL_7B, "rope_theta": 1e6, "vocab_size": 32768},
+            },
+            {
+                "7": "mistralai/Mistral-7B-v0.1",
+                "7-v0.2": "mistralai/Mistral-7B-Instruct-v0.2",  # its base model has no repository of its authors
+                "7-v0.3": "mistralai/Mistral-7B-v0.3",
+            },
+        ),
+        "gpt2": _Family(
+            _GPT2_ARCHITECTURE,
+            {
+                "0.124": _size(12, 768, 12, 12, 3072),
+                "0.355": _size(24, 1024, 16, 16, 4096),
+                "0.774": _size(36, 1280, 20, 20, 5120),
+                "1.5": _size(48, 1600, 25, 25, 6400),
+            },
+            {
+                "0.124": "openai-community/gpt2",
+                "0.355": "openai-community/gpt2-medium",
+                "0.774": "openai-community/gpt2-large",
+                "1.5": "openai-community/gpt2-xl",
+            },
+        ),
+        "qwen2": _Family(
+            {**_QWEN_ARCHITECTURE, "qkv_bias": True, "max_position_embeddings": 131072},
+            {
+                "0.5": _QWEN2_05B,
+                "1.5": _QWEN2_15B,
+                "7": _QWEN2_7B,
+                "72": _QWEN2_72B,
+                "2.5-0.5": {**_QWEN2_05B, "max_position_embeddings": 32768},
+                "2.5-1.5": _QWEN2_15B,
+                "2.5-3": _size(36, 2048, 16, 2, 11008, max_position_embeddings=32768, **_TIED),
+                "2.5-7": _QWEN2_7B,
+                "2.5-14": _size(48, 5120, 40, 8, 13824, **_QWEN2_LARGEST),
+                "2.5-32": _size(64, 5120, 40, 8, 27648, **_QWEN2_LARGEST),
+                "2.5-72": _QWEN2_72B,
+            },
+            {
+                **{size: f"Qwen/Qwen2-{size}B" for size in ("0.5", "1.5", "7", "72")},
+                **{f"2.5-{size}": f"Qwen/Qwen2.5-{size}B" for size in ("0.5", "1.5", "3", "7", "14", "32", "72")},
+            },
+        ),
+        "qwen3": _Family(
+            {**_QWEN_ARCHITECTURE, "qk_layernorm": True, "max_position_embeddings": 40960},
+            {
+                "0.6": _size(28, 1024, 16, 8, 3072, kv_channels=128, **_TIED),
+                "1.7": _size(28, 2048, 16, 8, 6144, kv_channels=128, **_TIED),
+                "4": _size(36, 2560, 32, 8, 9728, kv_channels=128, **_TIED),
+                "8": _size(36, 4096, 32, 8, 12288, kv_channels=128),
+                "14": _size(40, 5120, 40, 8, 17408, kv_channels=128),
+                "32": _size(64, 5120, 64, 8, 25600, kv_channels=128),
+            },
+            {size: f"Qwen/Qwen3-{size}B" for size in ("0.6", "1.7", "4", "8", "14", "32")},
+        ),
+        "gemma": _Family(
+            _GEMMA_ARCHITECTURE,
+            {"2": _size(18, 2048, 8, 1, 16384, kv_channels=256), "7": _size(28, 3072, 16, 16, 24576, kv_channels=256)},
+            {size: f"google/gemma-{size}b" for size in ("2", "7")},
+        ),
     }
 )
 
@@ -155,7 +292,7 @@ def preset(model_name: str, size: str) -> ModelConfig:
 
 
 def model_sizes(model_name: str) -> tuple[str, ...]:
-    """The sizes of `model_name` in billions of parameters, as `preset` takes them; none for "gpt"."""
+    """The sizes of `model_name` as `preset` takes them: billions of parameters, and a version; none for "gpt"."""
     return tuple(_family(model_name).sizes)
 
 
