@@ -33,5 +33,9 @@ class CheckpointError(MegatronError):
     """A checkpoint that is missing, damaged, of another architecture, or cannot be written."""
 
 
+class DamagedCheckpointError(CheckpointError):
+    """Stored bytes that are not what was written. An older checkpoint of the run can take the place of this one."""
+
+
 class TrainingError(MegatronError):
     """A run that cannot go on: a loss or gradient norm that is not finite, say."""

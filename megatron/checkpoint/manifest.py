@@ -21,7 +21,7 @@ import torch
 from megatron.checkpoint.container import DTYPE_NAMES, DTYPES
 from megatron.checkpoint.plan import Rectangle, tiling_defect
 from megatron.checkpoint.source import JSON, CheckpointInfo, RunState, TokenizerIdentity
-from megatron.errors import CheckpointError
+from megatron.errors import CheckpointError, DamagedCheckpointError
 from megatron.model.config import ModelConfig, RopeScaling
 
 MANIFEST_FILE = "manifest.json"
@@ -68,7 +68,7 @@ class Manifest:
         for name, entry in self.entries.items():
             defect = tiling_defect(entry.shape, [piece.rectangle for piece in entry.pieces])
             if defect is not None:
-                raise CheckpointError(
+                raise DamagedCheckpointError(
                     f"{name} of iteration {self.info.state.iteration} is not stored exactly once: {defect}; "
                     "every rectangle must come from exactly one rank. Use another checkpoint."
                 )
@@ -88,13 +88,13 @@ def read_manifest(folder: Path) -> Manifest:
     try:
         content = path.read_bytes()
     except OSError as error:
-        raise CheckpointError(
+        raise DamagedCheckpointError(
             f"{path} cannot be read ({error.strerror}): without it {folder} is no complete checkpoint; "
             "load another iteration with --load_iters."
         ) from error
     first_line, _, body = content.partition(b"\n")
     if first_line != b'{"crc32": "%08x",' % zlib.crc32(body):
-        raise CheckpointError(
+        raise DamagedCheckpointError(
             f"{path} is damaged: its content does not have the checksum of its first line; "
             "restore the file or load another iteration with --load_iters."
         )

@@ -22,7 +22,7 @@ from torch import Tensor
 from megatron.checkpoint.container import StoredTensor, build_header, bytes_of, data_end, parse_header
 from megatron.checkpoint.manifest import FileRecord, Piece
 from megatron.checkpoint.plan import Rectangle
-from megatron.errors import CheckpointError
+from megatron.errors import DamagedCheckpointError
 
 # Small enough that a slice drags little along and a block stays in the processor's cache between read and checksum.
 BLOCK_BYTES = 4 * 2**20
@@ -95,7 +95,7 @@ def write_file(path: Path, pieces: Sequence[OutgoingPiece], *, block_bytes: int 
 
 
 class VerifiedFile:
-    """Reads a written file. Every method raises CheckpointError with file, tensors and block where bytes are wrong."""
+    """Reads a written file. Where bytes are wrong, every method raises DamagedCheckpointError with file, tensors, block."""
 
     def __init__(self, folder: Path, name: str, record: FileRecord):
         self._path = folder / name
@@ -104,7 +104,7 @@ class VerifiedFile:
         try:
             self._descriptor = os.open(self._path, os.O_RDONLY)
         except OSError as error:
-            raise CheckpointError(
+            raise DamagedCheckpointError(
                 f"{self._path} cannot be opened ({error.strerror}), but the manifest lists it as part of the "
                 f"checkpoint. {_REMEDY}"
             ) from error
@@ -131,14 +131,14 @@ class VerifiedFile:
     def _read_header(self) -> dict[str, StoredTensor]:
         num_bytes = os.fstat(self._descriptor).st_size
         if num_bytes != self._record.num_bytes:
-            raise CheckpointError(
+            raise DamagedCheckpointError(
                 f"{self._path} has {num_bytes} bytes and should have {self._record.num_bytes}: "
                 f"it was cut off or belongs to another checkpoint. {_REMEDY}"
             )
         header = bytearray(self._record.header_bytes)
         self._read_fully(0, memoryview(header))
         if zlib.crc32(header) != self._record.header_crc32:
-            raise CheckpointError(
+            raise DamagedCheckpointError(
                 f"{self._path}: the header (bytes 0 to {len(header)}) does not have the checksum in the manifest: "
                 f"it is damaged or belongs to another checkpoint. {_REMEDY}"
             )
@@ -170,7 +170,7 @@ class VerifiedFile:
         first = self._record.header_bytes + block * self._record.block_bytes
         self._read_fully(first, out)
         if zlib.crc32(out) != self._record.block_crc32[block]:
-            raise CheckpointError(
+            raise DamagedCheckpointError(
                 f"{self._path}: block {block} (bytes {first} to {first + len(out)}) does not have the checksum in the "
                 f"manifest; damaged: {self._tensors_in(block)}. {_REMEDY}"
             )
@@ -181,11 +181,11 @@ class VerifiedFile:
             try:
                 count = os.preadv(self._descriptor, [out[done:]], position + done)
             except OSError as error:
-                raise CheckpointError(
+                raise DamagedCheckpointError(
                     f"{self._path} cannot be read at byte {position + done} ({error.strerror}). {_REMEDY}"
                 ) from error
             if count == 0:
-                raise CheckpointError(f"{self._path} ends at byte {position + done}: it was cut off. {_REMEDY}")
+                raise DamagedCheckpointError(f"{self._path} ends at byte {position + done}: it was cut off. {_REMEDY}")
             done += count
 
     def _block_length(self, block: int) -> int:
