@@ -95,7 +95,7 @@ def write_file(path: Path, pieces: Sequence[OutgoingPiece], *, block_bytes: int 
 
 
 class VerifiedFile:
-    """Reads a written file. Where bytes are wrong, every method raises DamagedCheckpointError with file, tensors, block."""
+    """Reads a written file. Where bytes are wrong, each method raises DamagedCheckpointError: file, tensors, block."""
 
     def __init__(self, folder: Path, name: str, record: FileRecord):
         self._path = folder / name
