@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch.distributed as dist
 
 from megatron.core.topology import Axis
-from megatron.errors import CheckpointError
+from megatron.errors import CheckpointError, DamagedCheckpointError
 
 T = TypeVar("T")
 
@@ -18,21 +19,24 @@ _MAX_LISTED = 4
 def on_every_rank(world: Axis, action: Callable[[], T]) -> T:
     """Runs `action` on every rank and returns this rank's value once all are done.
 
-    If it fails anywhere, every rank raises the same CheckpointError, which names the ranks and their causes.
+    If it fails anywhere, every rank raises the same CheckpointError, which names the ranks and their causes: a
+    DamagedCheckpointError if damage is all that went wrong.
     """
     failure: Exception | None = None
     try:
         value = action()
     except Exception as error:  # whatever it is, the other ranks wait for a word
         failure = error
-    causes: list[str | None] = [None if failure is None else _cause(failure)]
+    failures: list[_Failure | None] = [None if failure is None else _describe(failure)]
     if world.size > 1:
-        causes *= world.size
-        dist.all_gather_object(causes, causes[world.rank], group=world.group)
-    if any(cause is not None for cause in causes):
+        failures *= world.size
+        dist.all_gather_object(failures, failures[world.rank], group=world.group)
+    if any(failures):
         if failure is not None and not isinstance(failure, (CheckpointError, OSError)):
             raise failure  # our own bug keeps its traceback
-        raise CheckpointError(_summary(causes)) from failure
+        is_damage = all(other.is_damage for other in failures if other is not None)
+        kind = DamagedCheckpointError if is_damage else CheckpointError
+        raise kind(_summary(failures)) from failure
     return value
 
 
@@ -55,16 +59,25 @@ def gather_to_first(world: Axis, value: T) -> list[T]:
     return values or []
 
 
-def _cause(error: Exception) -> str:
+@dataclass(frozen=True)
+class _Failure:
+    cause: str
+    is_damage: bool
+
+
+def _describe(error: Exception) -> _Failure:
     if isinstance(error, CheckpointError):
-        return str(error)
-    if isinstance(error, OSError):
-        return f"{error.filename}: {error.strerror}" if error.filename else str(error)
-    return f"{type(error).__name__}: {error}"
+        cause = str(error)
+    elif isinstance(error, OSError):
+        cause = f"{error.filename}: {error.strerror}" if error.filename else str(error)
+    else:
+        cause = f"{type(error).__name__}: {error}"
+    return _Failure(cause, isinstance(error, DamagedCheckpointError))
 
 
-def _summary(causes: list[str | None]) -> str:
+def _summary(failures: list[_Failure | None]) -> str:
     """One cause alone if all ranks have it, else each with its rank."""
+    causes = [None if failure is None else failure.cause for failure in failures]
     if len(set(causes)) == 1:
         return str(causes[0])
     failed = [f"rank {number}: {cause}" for number, cause in enumerate(causes) if cause is not None]

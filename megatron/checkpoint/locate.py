@@ -11,6 +11,7 @@ from megatron.errors import CheckpointError
 TRACKER_FILE = "latest_checkpointed_iteration.txt"
 
 _ITERATION_NAME = re.compile(r"iter_(\d{7,})")
+_REPLACED = ".replaced"
 
 
 def iteration_folder(root: Path, iteration: int) -> Path:
@@ -19,13 +20,26 @@ def iteration_folder(root: Path, iteration: int) -> Path:
 
 def replaced_folder(folder: Path) -> Path:
     """Where an iteration lies for the moment in which a new version of it takes its place."""
-    return folder.with_name(folder.name + ".replaced")
+    return folder.with_name(folder.name + _REPLACED)
 
 
 def list_iterations(root: Path) -> list[int]:
     """The complete checkpoints under `root`, ascending."""
     matches = (_ITERATION_NAME.fullmatch(path.parent.name) for path in root.glob(f"iter_*/{MANIFEST_FILE}"))
     return sorted(int(match.group(1)) for match in matches if match)
+
+
+def list_folders(root: Path) -> list[int]:
+    """The iterations of which `root` has a folder, complete or not, ascending."""
+    matches = (_ITERATION_NAME.fullmatch(path.name.removesuffix(_REPLACED)) for path in root.glob("iter_*"))
+    return sorted({int(match.group(1)) for match in matches if match})
+
+
+def complete_folder(root: Path, iteration: int) -> Path | None:
+    """Where the checkpoint of `iteration` lies, None if there is none."""
+    folder = iteration_folder(root, iteration)
+    candidates = (folder, replaced_folder(folder))  # the latter alone after a crash between two renames
+    return next((candidate for candidate in candidates if (candidate / MANIFEST_FILE).exists()), None)
 
 
 def read_tracker(root: Path) -> int:
@@ -50,13 +64,12 @@ def find_checkpoint(root: Path, iteration: int | None = None) -> Path:
     if not root.is_dir():
         raise CheckpointError(f"{root} is not a folder; give one that a run saved to.")
     wanted = read_tracker(root) if iteration is None else iteration
-    folder = iteration_folder(root, wanted)
-    for candidate in (folder, replaced_folder(folder)):  # the latter alone after a crash between two renames
-        if (candidate / MANIFEST_FILE).exists():
-            return candidate
+    folder = complete_folder(root, wanted)
+    if folder is not None:
+        return folder
     named_by = f"{root / TRACKER_FILE} names" if iteration is None else "--load_iters asks for"
     raise CheckpointError(
-        f"{named_by} iteration {wanted}, but {folder / MANIFEST_FILE} does not exist; "
+        f"{named_by} iteration {wanted}, but {iteration_folder(root, wanted) / MANIFEST_FILE} does not exist; "
         f"choose another with --load_iters: {_found(root)}."
     )
 

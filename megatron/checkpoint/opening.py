@@ -12,6 +12,7 @@ from megatron.checkpoint.locate import TRACKER_FILE, find_checkpoint, list_itera
 from megatron.checkpoint.manifest import MANIFEST_FILE
 from megatron.checkpoint.native import NativeSource
 from megatron.checkpoint.source import Source
+from megatron.checkpoint.validity import newest_valid, open_checked
 from megatron.core.topology import Axis
 from megatron.errors import CheckpointError
 
@@ -59,10 +60,10 @@ def _is_native(path: Path) -> bool:
 
 
 def _open_native(path: Path, iteration: int | None) -> NativeSource:
-    """`path` is the folder of a run or that of one iteration."""
+    """`path` is the folder of a run or that of one iteration. What is named explicitly must be valid."""
     if not (path / MANIFEST_FILE).exists():
-        return NativeSource(find_checkpoint(path, iteration))
-    source = NativeSource(path)
+        return newest_valid(path, {}) if iteration is None else open_checked(find_checkpoint(path, iteration))
+    source = open_checked(path)
     stored = source.manifest.info.state.iteration
     if iteration not in (None, stored):
         raise CheckpointError(f"--load_iters {iteration}: {path} is iteration {stored}; give its parent folder.")
