@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections import OrderedDict
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,10 +13,10 @@ from torch import Tensor
 from megatron.checkpoint.manifest import Manifest, read_manifest
 from megatron.checkpoint.plan import Rectangle, parts_of
 from megatron.checkpoint.source import RunState, TokenizerIdentity
-from megatron.checkpoint.storage import VerifiedFile
+from megatron.checkpoint.verified_file import VerifiedFile
 from megatron.model.config import ModelConfig
 
-# Each open file keeps one block, so this bounds the memory and the descriptors of a reader.
+# Each open file keeps one block, so this bounds the memory and the descriptors of a thread that reads.
 _MAX_OPEN_FILES = 16
 
 
@@ -25,7 +26,8 @@ class NativeSource:
     def __init__(self, path: Path):
         self.path = path
         self.manifest: Manifest = read_manifest(path)
-        self._files: OrderedDict[str, VerifiedFile] = OrderedDict()
+        # Threads read in different places: each keeps the last block of its own.
+        self._of_thread = threading.local()
 
     def names(self) -> Sequence[str]:
         return list(self.manifest.entries)
@@ -62,9 +64,10 @@ class NativeSource:
         return self.manifest.info.state
 
     def _file(self, name: str) -> VerifiedFile:
-        if name not in self._files:
-            self._files[name] = VerifiedFile(self.path, name, self.manifest.files[name])
-            if len(self._files) > _MAX_OPEN_FILES:
-                self._files.popitem(last=False)
-        self._files.move_to_end(name)
-        return self._files[name]
+        files: OrderedDict[str, VerifiedFile] = self._of_thread.__dict__.setdefault("files", OrderedDict())
+        if name not in files:
+            files[name] = VerifiedFile(self.path, name, self.manifest.files[name])
+            if len(files) > _MAX_OPEN_FILES:
+                files.popitem(last=False)
+        files.move_to_end(name)
+        return files[name]

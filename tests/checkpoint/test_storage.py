@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from megatron.checkpoint.plan import Rectangle
-from megatron.checkpoint.storage import OutgoingPiece, VerifiedFile, WrittenFile, write_file
+from megatron.checkpoint.storage import OutgoingPiece, WrittenFile, write_file
+from megatron.checkpoint.verified_file import VerifiedFile
 from megatron.errors import CheckpointError
 
 DTYPES = (
