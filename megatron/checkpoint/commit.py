@@ -8,8 +8,6 @@ leaves behind is put right by the next save.
 
 from __future__ import annotations
 
-import errno
-import fcntl
 import os
 import shutil
 import uuid
@@ -18,17 +16,16 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from megatron.checkpoint.agreement import gather_to_first, on_every_rank, on_first_rank
+from megatron.checkpoint.durable import STAGING_PREFIX, sync_folder
 from megatron.checkpoint.locate import TRACKER_FILE, iteration_folder, replaced_folder
 from megatron.checkpoint.manifest import Entry, Manifest, write_manifest
+from megatron.checkpoint.ownership import owned
 from megatron.checkpoint.source import CheckpointInfo
 from megatron.checkpoint.storage import WrittenFile
 from megatron.core.topology import Axis
 from megatron.errors import CheckpointError
 
-_STAGING_PREFIX = ".tmp-"
-_LOCK_FILE = ".lock"
-# What file systems answer that do not offer locks (Lustre without -o flock, NFS without its lock service).
-_NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
+_GIB = 2**30
 
 
 def commit(
@@ -38,14 +35,18 @@ def commit(
     world: Axis,
     *,
     expected: Collection[str],
+    num_bytes: int = 0,
+    is_owned: bool = False,
 ) -> Path:
     """Calls ``write(folder)`` on every rank and publishes what they wrote as one iteration; returns its folder.
 
-    `expected` are the entries this rank knows of, written or not: one that no rank wrote is an error. Every rank
+    `expected` are the entries this rank knows of, written or not: one that no rank wrote is an error. `num_bytes`
+    is about what this rank will write. With `is_owned` the caller holds `root` already (`owned`). Every rank
     returns, or every rank raises CheckpointError with the causes of the ranks that failed.
     """
     with ExitStack() as lock:
-        staging = on_first_rank(world, lambda: _prepare(root, lock))
+        needs = gather_to_first(world, num_bytes)
+        staging = on_first_rank(world, lambda: _prepare(root, sum(needs), None if is_owned else lock))
         try:
             files = on_every_rank(world, lambda: _write_into(staging, write))
             gathered = gather_to_first(world, (files, set(expected)))
@@ -60,7 +61,7 @@ def check_save_folder(root: Path) -> None:
     """Raises CheckpointError if no checkpoint can be written to `root`; creates it. For the start of a run."""
     try:
         root.mkdir(parents=True, exist_ok=True)
-        probe = root / f"{_STAGING_PREFIX}probe-{uuid.uuid4().hex}"
+        probe = root / f"{STAGING_PREFIX}probe-{uuid.uuid4().hex}"
         probe.mkdir()
         probe.rmdir()
     except OSError as error:
@@ -69,35 +70,30 @@ def check_save_folder(root: Path) -> None:
         ) from error
 
 
-def _prepare(root: Path, lock: ExitStack) -> Path:
+def check_room(root: Path, num_bytes: int) -> None:
+    """Raises CheckpointError unless `root`, an existing folder, has room for `num_bytes` more."""
+    free = shutil.disk_usage(root).free
+    if free < num_bytes:
+        raise CheckpointError(
+            f"{root} has {free / _GIB:.3f} GiB free, and a checkpoint needs {num_bytes / _GIB:.3f} GiB; "
+            "free some space, or save to another folder."
+        )
+
+
+def _prepare(root: Path, num_bytes: int, lock: ExitStack | None) -> Path:
     check_save_folder(root)
-    _lock(root, lock)
+    if lock is not None:
+        lock.enter_context(owned(root))
     _clean_up(root)
-    staging = root / f"{_STAGING_PREFIX}{uuid.uuid4().hex}"
+    check_room(root, num_bytes)
+    staging = root / f"{STAGING_PREFIX}{uuid.uuid4().hex}"
     staging.mkdir()
     return staging
 
 
-def _lock(root: Path, lock: ExitStack) -> None:
-    """Two runs that save into one folder would take each other's unfinished files for leftovers of a crash.
-
-    The kernel drops the lock when its process ends, however it ends.
-    """
-    file = lock.enter_context((root / _LOCK_FILE).open("w"))
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        raise CheckpointError(
-            f"another run is saving a checkpoint to {root}; give each run a folder of its own to save to."
-        ) from error
-    except OSError as error:
-        if error.errno not in _NO_LOCKS:
-            raise
-
-
 def _clean_up(root: Path) -> None:
     """Removes what crashed saves left, and brings back an iteration that one of them had just set aside."""
-    for leftover in root.glob(f"{_STAGING_PREFIX}*"):
+    for leftover in root.glob(f"{STAGING_PREFIX}*"):
         if leftover.is_dir():
             shutil.rmtree(leftover)
         else:
@@ -134,13 +130,13 @@ def _publish(
     manifest = Manifest(entries, {file.name: file.record for file in files}, info)
     manifest.check_tiling()
     write_manifest(staging, manifest)
-    _sync(staging)
+    sync_folder(staging)
     final = iteration_folder(root, info.state.iteration)
     replaced = replaced_folder(final)
     if final.exists():
         final.rename(replaced)
     staging.rename(final)
-    _sync(root)
+    sync_folder(root)
     _write_tracker(root, info.state.iteration)
     shutil.rmtree(replaced, ignore_errors=True)
     return final
@@ -168,19 +164,10 @@ def _check_visible(path: Path, num_bytes: int) -> None:
 
 
 def _write_tracker(root: Path, iteration: int) -> None:
-    temporary = root / f"{_STAGING_PREFIX}tracker-{uuid.uuid4().hex}"
+    temporary = root / f"{STAGING_PREFIX}tracker-{uuid.uuid4().hex}"
     with open(temporary, "w") as file:
         file.write(str(iteration))
         file.flush()
         os.fsync(file.fileno())
     temporary.replace(root / TRACKER_FILE)
-    _sync(root)
-
-
-def _sync(folder: Path) -> None:
-    """Makes the names in a folder durable, as fsync makes the content of a file."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    sync_folder(root)

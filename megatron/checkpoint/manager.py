@@ -9,9 +9,10 @@ import dataclasses
 from collections.abc import Collection, Sequence
 from pathlib import Path
 
-from megatron.checkpoint.agreement import on_every_rank
+from megatron.checkpoint.agreement import on_every_rank, on_first_rank
 from megatron.checkpoint.commit import commit
 from megatron.checkpoint.plan import Rectangle
+from megatron.checkpoint.retention import Retention, remove_old
 from megatron.checkpoint.source import CheckpointInfo, LocalTensor, Source, load_tensors
 from megatron.checkpoint.storage import BLOCK_BYTES, OutgoingPiece, write_file
 from megatron.core.sharding import Region
@@ -24,22 +25,35 @@ TRAINING_FIELDS = frozenset({"hidden_dropout", "attention_dropout", "init_method
 
 
 def save(
-    root: Path, info: CheckpointInfo, tensors: Sequence[LocalTensor], world: Axis, *, block_bytes: int = BLOCK_BYTES
+    root: Path,
+    info: CheckpointInfo,
+    tensors: Sequence[LocalTensor],
+    world: Axis,
+    *,
+    block_bytes: int = BLOCK_BYTES,
+    is_owned: bool = False,
+    retention: Retention | None = None,
 ) -> Path:
     """Writes ``root/iter_XXXXXXX`` from what all ranks hand in, and returns it when it is complete and durable.
 
     Each element is handed in by exactly one rank as copy 0: data-parallel replicas pass disjoint row shards, or one of
     them passes everything. An existing checkpoint of the same iteration is replaced once the new one is complete.
+    Then older ones are removed as `retention` says. With `is_owned` the caller holds `root` (`owned`).
     Raises CheckpointError on all ranks alike; nothing of the failed checkpoint stays.
     """
     pieces = [_outgoing(t, region) for t in tensors for region in t.regions if region.copy == 0]
-    return commit(
+    folder = commit(
         root,
         info,
         lambda folder: [write_file(folder / file_name(world.rank), pieces, block_bytes=block_bytes)] if pieces else [],
         world,
         expected={local.entry(region) for local in tensors for region in local.regions},
+        num_bytes=sum(piece.num_bytes for piece in pieces),
+        is_owned=is_owned,
     )
+    if retention is not None:
+        on_first_rank(world, lambda: remove_old(folder, retention))
+    return folder
 
 
 def load(source: Source, tensors: Sequence[LocalTensor], world: Axis, *, narrow: bool = False) -> None:

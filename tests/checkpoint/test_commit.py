@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
-import errno
-import fcntl
 import os
 import resource
+import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from checkpoint_samples import CONFIG, INFO, save_from_one_process
+from megatron.checkpoint import commit as commit_module
 from megatron.checkpoint.commit import check_save_folder, commit
 from megatron.checkpoint.locate import TRACKER_FILE, find_checkpoint, list_iterations, replaced_folder
 from megatron.checkpoint.manager import save
@@ -118,20 +119,18 @@ def test_a_folder_that_cannot_be_written_is_an_error_before_anything_starts(tmp_
     assert names_in(tmp_path / "new" / "run") == set()
 
 
-def test_two_runs_cannot_save_into_one_folder_at_the_same_time(tmp_path: Path) -> None:
-    with open(tmp_path / ".lock", "w") as other_run:
-        fcntl.flock(other_run, fcntl.LOCK_EX)
-        with pytest.raises(CheckpointError, match="another run is saving a checkpoint to"):
-            save_from_one_process(tmp_path, ParallelLayout())
-    save_from_one_process(tmp_path, ParallelLayout())
-
-
-def test_a_file_system_without_locks_is_saved_to_all_the_same(tmp_path: Path, monkeypatch) -> None:
-    def unsupported(*args: object) -> None:
-        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
-
-    monkeypatch.setattr(fcntl, "flock", unsupported)
-    assert save_from_one_process(tmp_path, ParallelLayout()).exists()
+def test_a_checkpoint_that_does_not_fit_is_an_error_before_anything_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save(tmp_path, at(10), [tensor_of(slice(0, 8))], WORLD)
+    free = SimpleNamespace(free=127)
+    monkeypatch.setattr(shutil, "disk_usage", lambda root: free)
+    monkeypatch.setattr(commit_module, "_GIB", 1)
+    with pytest.raises(CheckpointError, match=r"has 127\.000 GiB free, and a checkpoint needs 128\.000 GiB; free some"):
+        save(tmp_path, at(20), [tensor_of(slice(0, 8))], WORLD)
+    assert names_in(tmp_path) == {TRACKER_FILE, "iter_0000010"}
+    free.free = 128
+    save(tmp_path, at(20), [tensor_of(slice(0, 8))], WORLD)
 
 
 def test_rows_that_nobody_hands_in_are_found(tmp_path: Path) -> None:
