@@ -10,6 +10,7 @@ from megatron.checkpoint.agreement import on_every_rank
 from megatron.checkpoint.hf import CONFIG_FILE, HuggingFaceSource
 from megatron.checkpoint.locate import TRACKER_FILE, find_checkpoint, list_iterations
 from megatron.checkpoint.manifest import MANIFEST_FILE
+from megatron.checkpoint.meta import SHARD_PATTERN, MetaSource
 from megatron.checkpoint.native import NativeSource
 from megatron.checkpoint.source import Source
 from megatron.checkpoint.validity import newest_valid, open_checked
@@ -80,6 +81,17 @@ def _open_hugging_face(path: Path, iteration: int | None) -> HuggingFaceSource:
     return HuggingFaceSource(path)
 
 
+def _is_meta(path: Path) -> bool:
+    """Some folders hold a model twice, in Meta's files and Hugging Face's: then the latter say more."""
+    return any(path.glob(SHARD_PATTERN)) and not any(path.glob("model*.safetensors*"))
+
+
+def _open_meta(path: Path, iteration: int | None) -> MetaSource:
+    if iteration is not None:
+        raise CheckpointError(f"--load_iters {iteration}: {path} are Meta's weights, which have none; drop it.")
+    return MetaSource(path)
+
+
 # The order decides where two recognise a folder.
 FORMATS: tuple[Format, ...] = (
     Format(
@@ -88,6 +100,7 @@ FORMATS: tuple[Format, ...] = (
         _open_native,
         f"a folder that a run saved to (with {TRACKER_FILE}), an iter_XXXXXXX folder (with {MANIFEST_FILE})",
     ),
+    Format("meta", _is_meta, _open_meta, "Meta's weights (with consolidated.00.pth and params.json)"),
     Format(
         "hf",
         _is_hugging_face,
