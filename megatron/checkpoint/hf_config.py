@@ -8,34 +8,35 @@ since both versions read it, and the original with the least changes for a model
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Mapping, Sequence
-from types import MappingProxyType
 from typing import Any, Final
 
 import torch
 
-from megatron.checkpoint.hf_rules import FAMILIES, ConfigKey, Family
+from megatron.checkpoint.hf_family import ConfigKey, Family
+from megatron.checkpoint.hf_rope import ROPE_KEYS, read_rope, spelled_rope
+from megatron.checkpoint.hf_rules import FAMILIES
+from megatron.checkpoint.hf_window import WINDOW_KEYS, read_window, spelled_window
 from megatron.errors import CheckpointError, ConfigError
-from megatron.model.config import ModelConfig, RopeScaling
-
-_ROPE_KEYS: Final = ("rope_theta", "rope_scaling", "rope_parameters", "original_max_position_embeddings")
-_ROPE_NUMBERS: Final[Mapping[str, tuple[str, ...]]] = MappingProxyType(
-    {"default": (), "linear": ("factor",), "llama3": ("factor", "low_freq_factor", "high_freq_factor")}
-)
-_DEFAULT_THETA: Final = 10000.0
+from megatron.model.config import ModelConfig
 
 # Training settings, which are not part of what a weight means: a format that lacks them loses nothing.
 _TRAINING_FIELDS: Final = ("hidden_dropout", "attention_dropout", "init_method_std")
 
 
 def family_of(config: Mapping[str, Any], where: str = "config.json") -> Family:
-    """The family a config.json belongs to. Raises CheckpointError naming those there are."""
-    model_type = config.get("model_type")
-    for family in FAMILIES:
-        if family.model_type == model_type:
-            return family
-    known = ", ".join(family.model_type for family in FAMILIES)
-    raise CheckpointError(f"{where}: model_type {model_type!r} is not supported; convert one of {known}.")
+    """The table a config.json belongs to: of those for its model_type, the one whose settings it has most of.
+
+    Raises CheckpointError naming the types there are.
+    """
+    tables = _tables_of(config.get("model_type"))
+    if not tables:
+        known = ", ".join(_model_types())
+        raise CheckpointError(
+            f"{where}: model_type {config.get('model_type')!r} is not supported; convert one of {known}."
+        )
+    return min(tables, key=lambda family: len(_wrong_settings(family, config)))
 
 
 def model_config_from_hf(config: Mapping[str, Any], where: str = "config.json") -> ModelConfig:
@@ -45,10 +46,14 @@ def model_config_from_hf(config: Mapping[str, Any], where: str = "config.json") 
     """
     family = family_of(config, where)
     _check_supported(family, config, where)
-    fields = {key.field: _value(config, key, where) for key in family.keys}
-    theta, scaling = _rope(config, where)
+    fields: dict[str, Any] = {key.field: _value(config, key, where) for key in family.keys}
+    fields |= {choice.field: choice.values[config.get(choice.key, choice.default)] for choice in family.choices}
+    fields["sliding_window_size"] = read_window(family, config, fields["num_layers"], where)
+    if family.is_rotary:
+        theta, scaling = read_rope(config, fields["max_position_embeddings"], where)
+        fields |= {"rope_theta": theta, "rope_scaling": scaling}
     try:
-        return ModelConfig(**{**family.implied, **fields, "rope_theta": theta, "rope_scaling": scaling})
+        return ModelConfig(**{**family.implied, **fields})
     except ConfigError as error:
         raise CheckpointError(f"{where}: {error}") from error
 
@@ -59,17 +64,19 @@ def hf_config(
     *,
     dtype: torch.dtype | None = None,
     special_tokens: Mapping[str, int] | None = None,
+    model_name: str | None = None,
 ) -> dict[str, Any]:
     """A config.json that transformers loads as `model`.
 
     `original` is the file the model came from: it is returned as it was, but for keys that no longer agree with
-    `model` and the dtype of the weights. Without it, `special_tokens` ("eos_token_id") are added. Raises
-    CheckpointError if no family in Hugging Face's format computes what `model` does.
+    `model` and the dtype of the weights. Without it, `special_tokens` ("eos_token_id") are added, and of several
+    families that compute what `model` does the one called `model_name` is taken. Raises CheckpointError if no family
+    in Hugging Face's format computes it.
     """
-    family = _expressing_family(model) if original is None else family_of(original)
-    _check_expressible(family, model)
+    tables = FAMILIES if original is None else _tables_of(original["model_type"])
+    family = _expressing_table(tables, model, model_name)
     if original is None:
-        header = {"architectures": [family.architecture], "model_type": family.model_type}
+        header = {"architectures": [family.architectures[0]], "model_type": family.model_type}
         result = {**header, **_spelled(family, model), "use_cache": True, **(special_tokens or {})}
     else:
         result = _updated(family, original, model)
@@ -84,111 +91,98 @@ def architecture_differences(a: ModelConfig, b: ModelConfig, *, ignored: Sequenc
     return {name: pair for name, pair in pairs.items() if pair[0] != pair[1] and name not in ignored}
 
 
+def _tables_of(model_type: object) -> list[Family]:
+    return [family for family in FAMILIES if family.model_type == model_type]
+
+
+def _model_types() -> list[str]:
+    return list(dict.fromkeys(family.model_type for family in FAMILIES))
+
+
+def _wrong_settings(family: Family, config: Mapping[str, Any]) -> list[str]:
+    return [s.key for s in family.settings if config.get(s.key, s.default) not in s.values]
+
+
 def _check_supported(family: Family, config: Mapping[str, Any], where: str) -> None:
     if config.get("quantization_config") is not None:
         method = config["quantization_config"].get("quant_method", "unknown")
         raise CheckpointError(f"{where}: the weights are quantized ({method}); use the model in bf16, fp16 or fp32.")
     architectures = config.get("architectures")
-    if architectures and family.architecture not in architectures:
+    if architectures and not set(family.architectures) & set(architectures):
         raise CheckpointError(
-            f"{where}: architectures {architectures} is not supported; use a {family.architecture}, with its head."
+            f"{where}: architectures {architectures} is not supported; use a {family.architectures[0]}, with its head."
         )
-    for key, values in family.only.items():
-        if config.get(key, values[0]) not in values:
-            raise CheckpointError(
-                f"{where}: {key} {config[key]!r} is not supported for {family.model_type}; use {' or '.join(values)}."
-            )
+    supported = {setting.key: setting.values for setting in family.settings}
+    wrong = {key: supported[key] for key in _wrong_settings(family, config)}
+    wrong |= {
+        choice.key: tuple(choice.values)
+        for choice in family.choices
+        if config.get(choice.key, choice.default) not in choice.values
+    }
+    for key, values in wrong.items():
+        listed = " or ".join(value if isinstance(value, str) else json.dumps(value) for value in values)
+        raise CheckpointError(
+            f"{where}: {key} {config.get(key)!r} is not supported for {family.model_type}; use {listed}."
+        )
 
 
 def _value(config: Mapping[str, Any], key: ConfigKey, where: str) -> int | float | bool | None:
-    value = config.get(key.key)
+    name = key.alias if key.alias is not None and key.key not in config else key.key
+    value = config.get(name)
     if value is None:
         if key.required:
             raise CheckpointError(f"{where}: {key.key} is missing; restore the model's own config.json.")
-        return key.default
+        return None if key.null_is_derived and name in config else key.default
     # JSON writes 0.0 as 0 where a program wanted so; true is an int to Python, but no size.
     is_of_kind = type(value) in ((int, float) if key.kind is float else (key.kind,))
     if not is_of_kind or (key.kind is int and value < 1):
         expected = {int: "a positive integer", float: "a number", bool: "true or false"}[key.kind]
-        raise CheckpointError(f"{where}: {key.key} is {value!r}, not {expected}; restore the model's own config.json.")
+        raise CheckpointError(f"{where}: {name} is {value!r}, not {expected}; restore the model's own config.json.")
     return key.kind(value)
-
-
-def _rope(config: Mapping[str, Any], where: str) -> tuple[float, RopeScaling | None]:
-    """Theta and scaling, with the precedence transformers 5 has: the dictionary counts before the top level."""
-    spelling = "rope_scaling" if config.get("rope_scaling") else "rope_parameters"
-    rope: dict[str, Any] = {key: config.get(key) for key in ("rope_theta", "partial_rotary_factor")} | (
-        config.get(spelling) or {}
-    )
-    rope_type = rope.get("rope_type", rope.get("type", "default"))
-    if rope["partial_rotary_factor"] not in (None, 1):
-        raise CheckpointError(
-            f"{where}: partial_rotary_factor {rope['partial_rotary_factor']} is not supported; "
-            "use a model that rotates whole heads."
-        )
-    if rope_type not in _ROPE_NUMBERS or any(isinstance(value, Mapping) for value in rope.values()):
-        kind = f"of type {rope_type!r}" if rope_type not in _ROPE_NUMBERS else "that differs between layers"
-        raise CheckpointError(
-            f"{where}: {spelling} {kind} is not supported; use a model with linear or llama3 scaling."
-        )
-    theta = float(rope["rope_theta"] or _DEFAULT_THETA)
-    missing = [name for name in _ROPE_NUMBERS[rope_type] if not isinstance(rope.get(name), (int, float))]
-    if missing:
-        raise CheckpointError(f"{where}: {spelling} of type {rope_type!r} lacks {', '.join(missing)}; add them.")
-    numbers = [float(rope[name]) for name in _ROPE_NUMBERS[rope_type]]
-    if rope_type == "default":
-        return theta, None
-    if rope_type == "linear":
-        return theta, RopeScaling("linear", numbers[0])
-    context = rope.get("original_max_position_embeddings", config["max_position_embeddings"])
-    context = config.get("original_max_position_embeddings", context)
-    factor, low, high = numbers
-    return theta, RopeScaling("llama3", factor, low, high, original_max_position_embeddings=context)
 
 
 def _spelled(family: Family, model: ModelConfig) -> dict[str, Any]:
     """The keys of config.json that say what `model` is, in the spelling of transformers 4."""
     result: dict[str, Any] = {key.key: getattr(model, key.field) for key in family.keys}
-    result |= {key: values[0] for key, values in family.only.items()}
-    result["rope_theta"] = model.rope_theta
-    result["rope_scaling"] = None
-    if model.rope_scaling is not None:
-        scaling = dataclasses.asdict(model.rope_scaling)
-        numbers = {name: scaling[name] for name in _ROPE_NUMBERS[scaling["type"]]}
-        if scaling["type"] == "llama3":
-            numbers["original_max_position_embeddings"] = scaling["original_max_position_embeddings"]
-        result["rope_scaling"] = {"rope_type": scaling["type"], **numbers}
-    return result
+    for choice in family.choices:
+        words = [word for word, value in choice.values.items() if value == getattr(model, choice.field)]
+        result[choice.key] = words[0] if words else choice.default
+    result |= {setting.key: setting.values[0] for setting in family.settings}
+    result |= spelled_window(family, model)
+    return {**result, **spelled_rope(model)} if family.is_rotary else result
 
 
 def _updated(family: Family, original: Mapping[str, Any], model: ModelConfig) -> dict[str, Any]:
     """`original`, changed only where it says something else than `model`."""
-    before, now = _spelled(family, model_config_from_hf(original)), _spelled(family, model)
-    changed = {key: value for key, value in now.items() if value != before[key]}
+    before, now = _spelled(family_of(original), model_config_from_hf(original)), _spelled(family, model)
+    changed = {key: value for key, value in now.items() if key not in before or value != before[key]}
     result = dict(original)
-    if changed.keys() & set(_ROPE_KEYS):
-        # Theta and scaling may stand in one dictionary, and which of two spellings counts depends on the reader.
-        result = {key: value for key, value in result.items() if key not in _ROPE_KEYS}
-        changed |= {key: now[key] for key in ("rope_theta", "rope_scaling")}
+    for keys in (ROPE_KEYS, WINDOW_KEYS):
+        if changed.keys() & set(keys):
+            # They may stand in one dictionary, and which of two spellings counts depends on the reader.
+            result = {key: value for key, value in result.items() if key not in keys}
+            changed |= {key: now[key] for key in keys if key in now}
     return {**result, **changed}
 
 
-def _expressing_family(model: ModelConfig) -> Family:
-    """The family in whose format the fewest things about `model` cannot be said."""
-    return min(FAMILIES, key=lambda family: len(_inexpressible(family, model)))
-
-
-def _inexpressible(family: Family, model: ModelConfig) -> dict[str, tuple]:
-    header = {"model_type": family.model_type}
-    returned = model_config_from_hf({**header, **_spelled(family, model)})
-    return architecture_differences(model, returned, ignored=_TRAINING_FIELDS)
-
-
-def _check_expressible(family: Family, model: ModelConfig) -> None:
-    differences = _inexpressible(family, model)
-    if differences:
+def _expressing_table(tables: Sequence[Family], model: ModelConfig, model_name: str | None) -> Family:
+    """The table by which the fewest things about `model` cannot be said. Raises CheckpointError if there are any."""
+    family = min(tables, key=lambda table: (len(_inexpressible(table, model)), table.model_type != model_name))
+    if differences := _inexpressible(family, model):
         listed = "; ".join(f"{name} is {ours!r}, there {theirs!r}" for name, (ours, theirs) in differences.items())
         raise CheckpointError(
             f"no Hugging Face model of a supported family computes what this one does ({family.model_type} comes "
             f"nearest: {listed}); keep the checkpoint in the native format."
         )
+    return family
+
+
+def _inexpressible(family: Family, model: ModelConfig) -> dict[str, tuple]:
+    """What is lost when `model` is written by `family` and read back."""
+    spelled = _spelled(family, model)
+    try:
+        returned = model_config_from_hf({"model_type": family.model_type, **spelled})
+    except CheckpointError:
+        # Not even readable (a size that this family must derive, and cannot): all that is not spelled is lost.
+        return {field.name: (getattr(model, field.name), None) for field in dataclasses.fields(ModelConfig)}
+    return architecture_differences(model, returned, ignored=_TRAINING_FIELDS)

@@ -7,11 +7,13 @@ folder is written beside its place under a hidden name and renamed when it is co
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -19,28 +21,38 @@ import torch
 from torch import Tensor
 
 from megatron.checkpoint.container import LENGTH_BYTES, build_header, bytes_of
-from megatron.checkpoint.hf import CARRIED_FILES, CONFIG_FILE, INDEX_FILE, WEIGHTS_FILE, carried_files, logical_shapes
+from megatron.checkpoint.hf import CARRIED_FILES, CONFIG_FILE, carried_files, logical_shapes
 from megatron.checkpoint.hf_config import family_of, hf_config
+from megatron.checkpoint.hf_files import INDEX_FILE, WEIGHTS_FILE
+from megatron.checkpoint.hf_tensors import StoredTensor, stored_tensors
 from megatron.checkpoint.source import MODEL, Source
 from megatron.errors import CheckpointError, ConfigError
 
 DEFAULT_SHARD_BYTES = 5 * 10**9
 
 _ROWS_BYTES = 16 * 2**20
+# Rows of a transposed tensor are columns of ours, and a source may read whole rows to give some columns: fewer turns.
+_COLUMNS_BYTES = 32 * 2**20
 
 
 @dataclass(frozen=True)
 class HuggingFaceTensor:
-    """A tensor to be written: its name there, its entry in the source, and the dtype it is written in."""
+    """A tensor to be written: the logical tensors it is made of, and the dtype it is written in."""
 
-    name: str
-    entry: str
+    stored: StoredTensor
     dtype: torch.dtype
-    shape: tuple[int, ...]
+
+    @property
+    def name(self) -> str:
+        return self.stored.name
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.stored.shape
 
     @property
     def num_bytes(self) -> int:
-        return torch.Size(self.shape).numel() * self.dtype.itemsize
+        return math.prod(self.shape) * self.dtype.itemsize
 
 
 @dataclass(frozen=True)
@@ -66,20 +78,21 @@ def plan_export(
     """
     model, carried = source.model_config(), carried_files(source)
     original = carried.get("hf_config")
-    entries = {f"{MODEL}.{name}": (name, shape) for name, shape in logical_shapes(model).items()}
-    stored = set(source.names())
-    if missing := [entry for entry in entries if entry not in stored]:
+    logical = logical_shapes(model)
+    held = set(source.names())
+    if missing := [entry for name in logical if (entry := f"{MODEL}.{name}") not in held]:
         raise CheckpointError(f"{source.path} lacks {', '.join(missing[:4])}; export a complete checkpoint.")
     trained_in = _training_dtype(source)
     wanted = dtype or (torch.bfloat16 if trained_in == torch.bfloat16 else None)
-    dtypes = {entry: wanted or source.dtype(entry) for entry in entries}
+    dtypes = {name: wanted or source.dtype(f"{MODEL}.{name}") for name in logical}
     # An untouched conversion gives the original's dtype back, whatever it said.
     is_new = original is None or dtype is not None or trained_in is not None
-    stated = dtypes[next(iter(entries))] if is_new and len(set(dtypes.values())) == 1 else None
-    config = hf_config(model, original, dtype=stated, special_tokens=special_tokens)
-    family = family_of(config)
+    stated = next(iter(dtypes.values())) if is_new and len(set(dtypes.values())) == 1 else None
+    config = hf_config(model, original, dtype=stated, special_tokens=special_tokens, model_name=source.model_name())
     tensors = tuple(
-        HuggingFaceTensor(family.hf_name(name), entry, dtypes[entry], shape) for entry, (name, shape) in entries.items()
+        # Parts of one stored tensor whose dtypes differ: the one that holds them all.
+        HuggingFaceTensor(stored, reduce(torch.promote_types, (dtypes[part] for part in stored.parts)))
+        for stored in stored_tensors(family_of(config), model, logical)
     )
     return Export(
         tensors, {**{file: carried[key] for key, file in CARRIED_FILES if key in carried}, CONFIG_FILE: config}
@@ -187,12 +200,13 @@ def _write_shards(
 
 
 def _row_groups(source: Source, tensor: HuggingFaceTensor) -> Iterator[Tensor]:
-    row_bytes = tensor.num_bytes // tensor.shape[0]
-    num_rows = max(1, _ROWS_BYTES // row_bytes)
-    for row in range(0, tensor.shape[0], num_rows):
-        start = (row, *(0 for _ in tensor.shape[1:]))
-        size = (min(num_rows, tensor.shape[0] - row), *tensor.shape[1:])
-        yield source.read(tensor.entry, start, size).to(tensor.dtype)
+    def read(part: str, start: Sequence[int], size: Sequence[int]) -> Tensor:
+        return source.read(f"{MODEL}.{part}", start, size).to(tensor.dtype)
+
+    group_bytes = _COLUMNS_BYTES if tensor.stored.is_transposed else _ROWS_BYTES
+    step = max(1, group_bytes * tensor.shape[0] // tensor.num_bytes)
+    for row in range(0, tensor.shape[0], step):
+        yield tensor.stored.read_rows(row, min(step, tensor.shape[0] - row), read)
 
 
 def _header(tensors: Sequence[HuggingFaceTensor]) -> bytes:

@@ -1,9 +1,9 @@
-"""A Hugging Face folder -> the native format, tensor by tensor."""
+"""A Hugging Face folder -> the native format, some rows of a tensor at a time."""
 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
@@ -13,7 +13,7 @@ from torch import Tensor
 from megatron.checkpoint.commit import commit
 from megatron.checkpoint.hf import HuggingFaceSource, carried_files
 from megatron.checkpoint.plan import Rectangle
-from megatron.checkpoint.source import CheckpointInfo, RunState
+from megatron.checkpoint.source import CheckpointInfo, RunState, row_chunks
 from megatron.checkpoint.storage import OutgoingPiece, write_file
 from megatron.checkpoint.tokenizer_files import TOKENIZER_FOLDER, identity_of, tokenizer_files
 from megatron.core.topology import Axis
@@ -32,7 +32,8 @@ def import_hf_folder(
 ) -> Path:
     """Writes `source` as iteration 0 under `root`, with its tokenizer in ``root/tokenizer``; returns the iteration.
 
-    Every tensor keeps its dtype unless one is asked for. `on_bytes` hears of each tensor as it is read. Raises
+    Every tensor keeps its dtype unless one is asked for. Memory does not depend on the model: some rows are
+    read at a time, and `on_bytes` hears of them when they are written. Raises
     CheckpointError if `root` holds anything, or cannot be written.
     """
     if root.exists() and not (root.is_dir() and all(entry.name.startswith(".") for entry in root.iterdir())):
@@ -68,11 +69,14 @@ def _piece(
     return OutgoingPiece(name, shape, written, Rectangle.whole(shape), partial(_read, source, name, written, on_bytes))
 
 
-def _read(source: HuggingFaceSource, name: str, dtype: torch.dtype, on_bytes: Callable[[int], object]) -> Tensor:
+def _read(
+    source: HuggingFaceSource, name: str, dtype: torch.dtype, on_bytes: Callable[[int], object]
+) -> Iterator[Tensor]:
     shape = source.shape(name)
-    tensor = source.read(name, (0,) * len(shape), shape).to(dtype)
-    on_bytes(tensor.nbytes)
-    return tensor
+    for rows in row_chunks(source, name, (0,) * len(shape), shape):
+        converted = rows.to(dtype)
+        yield converted
+        on_bytes(converted.nbytes)
 
 
 def _copy(files: dict[str, Path], folder: Path) -> None:

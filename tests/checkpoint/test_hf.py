@@ -10,8 +10,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from hf_folders import SIZES, VARIANTS, edit_json, save_llama, stored_tensors
-from megatron.checkpoint import hf
-from megatron.checkpoint.hf import INDEX_FILE, HuggingFaceSource, logical_shapes
+from megatron.checkpoint.hf import HuggingFaceSource, logical_shapes
+from megatron.checkpoint.hf_family import module_and_layer
+from megatron.checkpoint.hf_files import INDEX_FILE, WeightFiles
 from megatron.checkpoint.hf_rules import LLAMA
 from megatron.checkpoint.opening import open_source
 from megatron.checkpoint.source import LocalTensor, load_tensors
@@ -45,7 +46,7 @@ def test_every_tensor_of_the_model_is_read_bit_for_bit(variant, max_shard_size, 
     source, stored = HuggingFaceSource(folder), stored_tensors(folder)
     assert len(source.names()) == len(stored)
     for name in source.names():
-        tensor = stored.pop(LLAMA.hf_name(name.removeprefix("model.")))
+        tensor = stored.pop(llama_name(name.removeprefix("model.")))
         assert (source.shape(name), source.dtype(name)) == (tensor.shape, torch.bfloat16)
         assert torch.equal(source.read(name, (0,) * tensor.dim(), tensor.shape), tensor)
     assert not stored
@@ -79,7 +80,7 @@ def test_any_layout_loads_its_shards_directly(sharded):
     source, stored = HuggingFaceSource(sharded), stored_tensors(sharded)
     blocks = tuple(Block(f"layers.1.mlp.{part}.weight", (44, 36), units=44) for part in ("gate", "up"))
     spec = ShardSpec(blocks, dim=0)
-    full = {b.name: stored[LLAMA.hf_name(b.name)] for b in blocks}
+    full = {b.name: stored[llama_name(b.name)] for b in blocks}
     for rank in range(4):
         local = torch.empty(spec.local_shape(4))
         load_tensors(source, [LocalTensor("model", spec.regions(rank, 4), local)])
@@ -92,7 +93,7 @@ def test_open_source_takes_a_folder_for_what_it_is(single):
 
 def test_only_headers_are_read_when_a_folder_is_opened(sharded, monkeypatch):
     read = []
-    monkeypatch.setattr(hf, "_read", lambda *args: read.append(args))
+    monkeypatch.setattr(WeightFiles, "read", lambda *args: read.append(args))
     HuggingFaceSource(sharded)
     assert read == []
 
@@ -202,10 +203,10 @@ def test_integer_weights_are_refused(single):
 
 
 def test_folders_that_hold_no_weights_say_what_is_expected(single):
-    (single / "model.safetensors").rename(single / "pytorch_model.bin")
+    (single / "model.safetensors").rename(single / "weights.safetensors")
     assert message_of(single) == (
-        f"{single} has neither model.safetensors nor {INDEX_FILE}; give a folder with safetensors weights. "
-        "It has pickled weights only: save the model again as safetensors."
+        f"{single} has none of model.safetensors, {INDEX_FILE}, pytorch_model.bin and pytorch_model.bin.index.json; "
+        "give a folder with a model's weights."
     )
 
 
@@ -233,6 +234,13 @@ def test_an_unsupported_config_is_named_with_its_path(single):
 def test_sizes_of_the_config_are_those_of_the_model(single):
     model = HuggingFaceSource(single).model_config()
     assert (model.hidden_size, model.kv_channels) == (SIZES["hidden_size"], SIZES["head_dim"])
+
+
+def llama_name(native: str) -> str:
+    """Every tensor of a Llama is one of ours under another name."""
+    module, kind, layer = module_and_layer(native)
+    (there,) = (m.name for m in LLAMA.modules if m.parts == (module,))
+    return f"{there}.{kind}".format(i=layer)
 
 
 def middle_file(folder):

@@ -15,6 +15,7 @@ from transformers import LlamaForCausalLM
 
 from hf_folders import VARIANTS, loaded_config, save_llama, stored_tensors
 from megatron.checkpoint import hf_export
+from megatron.checkpoint.fused_qkv import RowRun
 from megatron.checkpoint.hf import HuggingFaceSource, carried_files, logical_shapes
 from megatron.checkpoint.hf_export import (
     HuggingFaceTensor,
@@ -24,6 +25,7 @@ from megatron.checkpoint.hf_export import (
     write_hf_folder,
 )
 from megatron.checkpoint.hf_import import import_hf_folder
+from megatron.checkpoint.hf_tensors import StoredTensor
 from megatron.checkpoint.manager import save
 from megatron.checkpoint.opening import open_source
 from megatron.checkpoint.source import CheckpointInfo, LocalTensor, RunState, Source
@@ -216,7 +218,10 @@ def test_shards_are_files_as_transformers_names_and_marks_them(tmp_path):
 
 
 def tensors_of(*num_bytes: int) -> list[HuggingFaceTensor]:
-    return [HuggingFaceTensor(str(i), "", torch.uint8, (n,)) for i, n in enumerate(num_bytes)]
+    return [
+        HuggingFaceTensor(StoredTensor(str(i), (RowRun("", 0, 0, n),), ()), torch.uint8)
+        for i, n in enumerate(num_bytes)
+    ]
 
 
 def sizes_of(shards: list[list[HuggingFaceTensor]]) -> list[list[int]]:

@@ -1,0 +1,173 @@
+"""The weight files of a Hugging Face folder: safetensors or pickled ones, one file or several with an index.
+
+Opening reads headers only; slices are read when they are asked for.
+"""
+
+from __future__ import annotations
+
+import json
+import zipfile
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from megatron.checkpoint.container import DTYPE_NAMES
+from megatron.checkpoint.unpickle import read_torch_file
+from megatron.errors import CheckpointError
+
+WEIGHTS_FILE: Final = "model.safetensors"
+INDEX_FILE: Final = "model.safetensors.index.json"
+PICKLED_FILE: Final = "pytorch_model.bin"
+PICKLED_INDEX_FILE: Final = "pytorch_model.bin.index.json"
+
+_PICKLED: Final = ".bin"
+_MAX_LISTED = 8
+# After so many bytes a mapped file is opened anew: the pages that were read count as memory of this process.
+_MAX_MAPPED_BYTES = 64 * 2**20
+
+
+@dataclass(frozen=True)
+class FileTensor:
+    """A tensor and where it lies. `dtype` has the names of safetensors ("BF16")."""
+
+    file: Path
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+
+
+class WeightFiles:
+    """All tensors of a folder by name, and slices of them.
+
+    Raises CheckpointError naming the file, and the tensor, where the folder is incomplete or a file is damaged.
+    """
+
+    def __init__(self, path: Path):
+        self.tensors: Mapping[str, FileTensor] = _open_weights(path)
+        self._pickled: _PickledFile | None = None
+
+    def read(self, name: str, start: Sequence[int], size: Sequence[int]) -> Tensor:
+        """A rectangle of a tensor, new and contiguous."""
+        tensor = self.tensors[name]
+        slices = tuple(slice(a, a + n) for a, n in zip(start, size, strict=True))
+        if tensor.file.suffix == _PICKLED:
+            return self._opened(tensor.file).read(name, slices)
+        try:
+            # Opened for one read: see _MAX_MAPPED_BYTES.
+            with safe_open(tensor.file, framework="pt") as opened:
+                # A copy of its own: the slice is a view of the file.
+                return opened.get_slice(name)[slices].clone(memory_format=torch.contiguous_format)
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(
+                f"{tensor.file}: {name} cannot be read ({error}); download the file again."
+            ) from error
+
+    def _opened(self, file: Path) -> _PickledFile:
+        opened = self._pickled
+        if opened is None or opened.file != file or opened.is_worn:
+            self._pickled = opened = _PickledFile(file)
+        return opened
+
+
+class _PickledFile:
+    """A file of torch.save. In the zip format it is mapped; an older one is in memory as a whole."""
+
+    def __init__(self, file: Path):
+        self.file = file
+        self._tensors = _pickled_tensors(file)
+        self._is_mapped = zipfile.is_zipfile(file)
+        self._read_bytes = 0
+
+    @property
+    def is_worn(self) -> bool:
+        return self._is_mapped and self._read_bytes > _MAX_MAPPED_BYTES
+
+    def read(self, name: str, slices: tuple[slice, ...]) -> Tensor:
+        part = self._tensors[name][slices].clone(memory_format=torch.contiguous_format)
+        self._read_bytes += part.nbytes
+        return part
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise CheckpointError(f"{file} cannot be read ({error.strerror}); give a Hugging Face model folder.") from error
+    except ValueError as error:
+        raise CheckpointError(f"{file} is not JSON ({error}); download it again.") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{file} holds no JSON object; download it again.")
+    return content
+
+
+def listed(items: Iterable[str]) -> str:
+    """The first of many things, and how many more there are."""
+    items = list(items)
+    more = f"; and {len(items) - _MAX_LISTED} more" if len(items) > _MAX_LISTED else ""
+    return "; ".join(items[:_MAX_LISTED]) + more
+
+
+def _open_weights(path: Path) -> dict[str, FileTensor]:
+    """Safetensors count before pickled files, and a single file before an index, as they do in transformers."""
+    for single, index in ((WEIGHTS_FILE, INDEX_FILE), (PICKLED_FILE, PICKLED_INDEX_FILE)):
+        if (path / single).exists():
+            return _read_header(path / single)
+        if (path / index).exists():
+            return _open_shards(path, path / index)
+    raise CheckpointError(
+        f"{path} has none of {WEIGHTS_FILE}, {INDEX_FILE}, {PICKLED_FILE} and {PICKLED_INDEX_FILE}; "
+        "give a folder with a model's weights."
+    )
+
+
+def _open_shards(path: Path, index_file: Path) -> dict[str, FileTensor]:
+    file_of = read_json(index_file).get("weight_map")
+    if not isinstance(file_of, dict) or not all(isinstance(file, str) for file in file_of.values()):
+        raise CheckpointError(f"{index_file} has no weight_map from tensors to files; download it again.")
+    files = sorted(set(file_of.values()))
+    if outside := [file for file in files if Path(file).name != file]:
+        raise CheckpointError(f"{index_file} names {listed(outside)}, outside of its folder; download it again.")
+    if absent := [file for file in files if not (path / file).is_file()]:
+        raise CheckpointError(
+            f"{index_file} names {listed(absent)}, which {'is' if len(absent) == 1 else 'are'} missing in {path}; "
+            "download the missing files."
+        )
+    stored: dict[str, FileTensor] = {}
+    problems = []
+    for file in files:
+        held = _read_header(path / file)
+        problems += [f"{name} is not in {file}" for name, f in file_of.items() if f == file and name not in held]
+        problems += [f"{file} holds {name}, which the index does not say" for name in held if file_of.get(name) != file]
+        stored |= held
+    if problems:
+        raise CheckpointError(f"{index_file} and the files disagree: {listed(problems)}. Download the folder again.")
+    return stored
+
+
+def _read_header(file: Path) -> dict[str, FileTensor]:
+    """The tensors of a file. The size of a safetensors file is checked against its header."""
+    if file.suffix == _PICKLED:
+        return {
+            name: FileTensor(file, name, DTYPE_NAMES.get(tensor.dtype, str(tensor.dtype)), tuple(tensor.shape))
+            for name, tensor in _pickled_tensors(file).items()
+        }
+    try:
+        with safe_open(file, framework="pt") as opened:
+            slices = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118 - not a mapping
+            return {n: FileTensor(file, n, part.get_dtype(), tuple(part.get_shape())) for n, part in slices.items()}
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(
+            f"{file} is no complete safetensors file ({error}); it was cut off or damaged: download it again."
+        ) from error
+
+
+def _pickled_tensors(file: Path) -> dict[str, Tensor]:
+    content = read_torch_file(file)
+    if not isinstance(content, Mapping) or not all(isinstance(tensor, Tensor) for tensor in content.values()):
+        raise CheckpointError(f"{file} does not map names to tensors; give the weights of a Hugging Face model.")
+    return {str(name): tensor.detach() for name, tensor in content.items()}
