@@ -59,6 +59,13 @@ def parts_of(wanted: Rectangle, pieces: Sequence[Rectangle]) -> list[Part]:
     return [Part(number, rectangle) for number, rectangle in common if rectangle is not None]
 
 
+def bounding_rectangle(rectangles: Sequence[Rectangle]) -> Rectangle:
+    """The smallest rectangle that contains all of these."""
+    start = tuple(map(min, zip(*(r.start for r in rectangles), strict=True)))
+    ends = map(max, zip(*(map(sum, zip(r.start, r.size, strict=True)) for r in rectangles), strict=True))
+    return Rectangle(start, tuple(end - first for first, end in zip(start, ends, strict=True)))
+
+
 def tiling_defect(shape: Sequence[int], pieces: Sequence[Rectangle]) -> str | None:
     """None if `pieces` cover every element of a tensor of `shape` exactly once, else what is wrong.
 

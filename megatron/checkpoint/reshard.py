@@ -5,22 +5,21 @@ Rows are read and written a few at a time, so that memory depends neither on the
 
 from __future__ import annotations
 
-import dataclasses
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from megatron.checkpoint.commit import check_save_folder, commit
 from megatron.checkpoint.hf import HuggingFaceSource, carried_files
 from megatron.checkpoint.manager import file_name
-from megatron.checkpoint.placement import specs_of_rank
+from megatron.checkpoint.placement import regions_of_rank
 from megatron.checkpoint.plan import Rectangle
-from megatron.checkpoint.source import MODEL, CheckpointInfo, RunState, Source, TokenizerIdentity, row_chunks
-from megatron.checkpoint.storage import OutgoingPiece, WrittenFile, write_file
+from megatron.checkpoint.source import MODEL, CheckpointInfo, RunState, Source, TokenizerIdentity
+from megatron.checkpoint.storage import PlannedPiece
+from megatron.checkpoint.streaming import write_files
 from megatron.checkpoint.tokenizer_files import TOKENIZER_FOLDER, identity_of, tokenizer_files
 from megatron.core.layout import ParallelLayout
 from megatron.core.topology import Axis
@@ -34,7 +33,7 @@ class Resharding:
     """What will be written: the pieces of each file, by file name. Made by `plan_resharding`, done by `reshard`."""
 
     source: Source
-    files: Mapping[str, tuple[OutgoingPiece, ...]]
+    files: Mapping[str, tuple[PlannedPiece, ...]]
     kinds: tuple[str, ...]
 
     @property
@@ -50,36 +49,31 @@ def plan_resharding(
     source: Source,
     layout: ParallelLayout,
     *,
+    num_chunks: int = 1,
     weights_dtype: torch.dtype | None = None,
 ) -> Resharding:
-    """Decides what each rank of `layout` (without data parallelism) gets; reads names and shapes only.
+    """Decides what each rank of `layout` (without data parallelism) gets, with `num_chunks` stages a pipeline rank;
+    reads names and shapes only.
 
-    Raises CheckpointError where the source does not hold exactly
-    its model, and ConfigError where the model cannot be laid out so.
+    Raises CheckpointError where the source does not hold exactly its model, and ConfigError where the model cannot be
+    laid out so.
     """
     model = source.model_config()
     regions = {
-        rank: [
-            r
-            for spec in specs_of_rank(model, layout, rank)
-            for r in spec.regions(layout.coordinate(rank).tp, layout.tp)
-        ]
-        for rank in range(layout.world_size)
+        rank: list(regions_of_rank(model, layout, rank, num_chunks=num_chunks)) for rank in range(layout.world_size)
     }
     shapes = {region.name: region.global_shape for held in regions.values() for region in held}
     kinds = _kinds(source, shapes)
     stored = set(source.names())
 
-    def outgoing(entry: str, rectangle: Rectangle) -> OutgoingPiece:
+    def planned(entry: str, rectangle: Rectangle) -> PlannedPiece:
         is_weight = entry.startswith(f"{MODEL}.")
         dtype = weights_dtype if weights_dtype is not None and is_weight else source.dtype(entry)
-        return OutgoingPiece(
-            entry, source.shape(entry), dtype, rectangle, lambda: _chunks(source, entry, rectangle, dtype)
-        )
+        return PlannedPiece(entry, source.shape(entry), dtype, rectangle)
 
     files = {
         file_name(rank): tuple(
-            outgoing(f"{kind}.{region.name}", Rectangle(region.start, region.size))
+            planned(f"{kind}.{region.name}", Rectangle(region.start, region.size))
             for region in held
             for kind in kinds
             if region.copy == 0 and f"{kind}.{region.name}" in stored
@@ -100,23 +94,22 @@ def check_room(plan: Resharding, root: Path) -> None:
         )
 
 
-def reshard(plan: Resharding, root: Path, *, on_bytes: Callable[[int], object]) -> Path:
+def reshard(plan: Resharding, root: Path, *, num_workers: int = 1, on_bytes: Callable[[int], object]) -> Path:
     """Writes the planned checkpoint as the source's iteration (0 for one without) under `root`; returns its folder.
 
-    `on_bytes` hears of every chunk when it has been written. A tokenizer that lies with the source is copied to
-    ``root/tokenizer``.
+    `on_bytes` hears of bytes when they have been written. A tokenizer that lies with the source is copied to
+    ``root/tokenizer``. The files do not depend on `num_workers`.
     """
     source = plan.source
     state = source.state() or RunState(iteration=0, config=carried_files(source))
     info = CheckpointInfo(state, source.model_config(), source.model_name(), _carry_tokenizer(source, root))
-
-    def write(folder: Path) -> list[WrittenFile]:
-        return [
-            write_file(folder / name, [_reporting(piece, on_bytes) for piece in pieces])
-            for name, pieces in plan.files.items()
-        ]
-
-    return commit(root, info, write, Axis("world"), expected=source.names())
+    return commit(
+        root,
+        info,
+        lambda folder: write_files(source, folder, plan.files, num_workers=num_workers, on_bytes=on_bytes),
+        Axis("world"),
+        expected=source.names(),
+    )
 
 
 def _carry_tokenizer(source: Source, root: Path) -> TokenizerIdentity | None:
@@ -155,16 +148,3 @@ def _kinds(source: Source, shapes: Mapping[str, tuple[int, ...]]) -> tuple[str, 
             "Use a complete checkpoint."
         )
     return tuple(sorted(kinds))
-
-
-def _chunks(source: Source, entry: str, rectangle: Rectangle, dtype: torch.dtype) -> Iterator[Tensor]:
-    return (chunk.to(dtype) for chunk in row_chunks(source, entry, rectangle.start, rectangle.size))
-
-
-def _reporting(piece: OutgoingPiece, on_bytes: Callable[[int], object]) -> OutgoingPiece:
-    def read() -> Iterator[Tensor]:
-        for chunk in piece.read():
-            yield chunk
-            on_bytes(chunk.nbytes)
-
-    return dataclasses.replace(piece, read=read)
