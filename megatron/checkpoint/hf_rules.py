@@ -1,7 +1,7 @@
 """How each family of models is spelled in Hugging Face's format: one table a family, read in both directions.
 
 The tables hold no code; `hf_family` explains their words. Which of a module's tensors a model has (a bias, a head of
-its own) follows from its `ModelConfig`. Defaults are those of transaliass for the family.
+its own) follows from its `ModelConfig`. Defaults are those of transformers for the family.
 """
 
 from __future__ import annotations
@@ -125,7 +125,7 @@ GEMMA: Final = replace(
         **{**LLAMA.implied, "glu_activation": "geglu_tanh"}, apply_layernorm_1p=True, scale_embeddings=True
     ),
     settings=(
-        # transaliass takes "gelu" for the tanh approximation here, which the first files meant by it.
+        # transformers takes "gelu" for the tanh approximation here, which the first files meant by it.
         Setting("hidden_act", ("gelu_pytorch_tanh", "gelu", "gelu_new"), "gelu_pytorch_tanh"),
         Setting("hidden_activation", ("gelu_pytorch_tanh", "gelu_new", None), None),
         Setting("use_bidirectional_attention", (None, False), None),
@@ -193,7 +193,7 @@ FALCON: Final = Family(
     implied=_implied(**_FALCON_IMPLIED, num_attention_heads_kv=1),
     settings=(_NO_ALIBI, _OLD_DECODER, _MULTI_QUERY, _PARALLEL, Setting("num_ln_in_parallel_attn", (None, 1), None)),
     choices=(ConfigChoice("activation", "mlp_activation", _GELUS, "gelu"),),
-    prefix="transalias.",
+    prefix="transformer.",
     ignored=("h.{i}.self_attention.rotary_emb.inv_freq",),
 )
 _FALCON_MULTI_HEAD: Final = replace(
@@ -219,8 +219,8 @@ FALCON_NEW: Final = replace(
         *_FALCON_MODULES,
         *_modules(
             {
-                "layers.{i}.attention_norm": "transalias.h.{i}.ln_attn",
-                "layers.{i}.mlp_norm": "transalias.h.{i}.ln_mlp",
+                "layers.{i}.attention_norm": "transformer.h.{i}.ln_attn",
+                "layers.{i}.mlp_norm": "transformer.h.{i}.ln_mlp",
             }
         ),
     ),
@@ -242,24 +242,24 @@ GPT2: Final = Family(
     modules=(
         *_modules(
             {
-                "embedding.word": "transalias.wte",
-                "embedding.position": "transalias.wpe",
-                "layers.{i}.attention_norm": "transalias.h.{i}.ln_1",
-                "layers.{i}.mlp_norm": "transalias.h.{i}.ln_2",
-                "final_norm": "transalias.ln_f",
+                "embedding.word": "transformer.wte",
+                "embedding.position": "transformer.wpe",
+                "layers.{i}.attention_norm": "transformer.h.{i}.ln_1",
+                "layers.{i}.mlp_norm": "transformer.h.{i}.ln_2",
+                "final_norm": "transformer.ln_f",
                 "head": "lm_head",
             }
         ),
         *_modules(
             {
-                "layers.{i}.attention.output": "transalias.h.{i}.attn.c_proj",
-                "layers.{i}.mlp.up": "transalias.h.{i}.mlp.c_fc",
-                "layers.{i}.mlp.down": "transalias.h.{i}.mlp.c_proj",
+                "layers.{i}.attention.output": "transformer.h.{i}.attn.c_proj",
+                "layers.{i}.mlp.up": "transformer.h.{i}.mlp.c_fc",
+                "layers.{i}.mlp.down": "transformer.h.{i}.mlp.c_proj",
             },
             transposed=True,
         ),
         StoredModule(
-            "transalias.h.{i}.attn.c_attn",
+            "transformer.h.{i}.attn.c_attn",
             ("layers.{i}.attention.q", "layers.{i}.attention.k", "layers.{i}.attention.v"),
             transposed=True,
         ),
@@ -299,7 +299,7 @@ GPT2: Final = Family(
             "gelu_new",
         ),
     ),
-    prefix="transalias.",
+    prefix="transformer.",
     ignored=("h.{i}.attn.bias", "h.{i}.attn.masked_bias"),
 )
 
