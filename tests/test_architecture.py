@@ -38,6 +38,8 @@ BAD = [
     (rules.nothing_is_unpickled, "megatron.checkpoint.storage", "torch.load(path, weights_only=False)"),
     (rules.nothing_is_unpickled, "megatron.data.index_cache", "np.load(path, allow_pickle=True)"),
     (rules.nothing_is_unpickled, "megatron.data.index_cache", "import pickle"),
+    (rules.nothing_is_unpickled, "megatron.checkpoint.inert_pickle", "import dill"),
+    (rules.nothing_is_unpickled, "megatron.checkpoint.inert_pickle", "import pickle\npickle.load(file)"),
     (rules.optional_packages_are_imported_late, "megatron.model.attention", "from flash_attn import flash_attn_func"),
     (rules.optional_packages_are_imported_late, "megatron.checkpoint.hf", "import transformers"),
     (rules.modules_hold_no_mutable_state, "megatron.core.topology", "_GROUPS = {}"),
@@ -54,6 +56,7 @@ BAD = [
 ]
 # (rule, module, text that keeps the rule, close to one that breaks it)
 GOOD = [
+    (rules.nothing_is_unpickled, "megatron.checkpoint.inert_pickle", "import pickle"),
     (rules.imports_go_down, "megatron.training.build", "from megatron.core.topology import Topology"),
     (rules.imports_go_down, "megatron.core.collectives", "from megatron.core.topology import Axis"),
     (rules.imports_go_down, "megatron.core.pipeline.lowering", "from .actions import Action"),

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from megatron.checkpoint.agreement import on_every_rank
 from megatron.checkpoint.hf import CONFIG_FILE, HuggingFaceSource
+from megatron.checkpoint.legacy import LegacySource, is_legacy_tree
 from megatron.checkpoint.locate import TRACKER_FILE, find_checkpoint, list_iterations
 from megatron.checkpoint.manifest import MANIFEST_FILE
 from megatron.checkpoint.meta import SHARD_PATTERN, MetaSource
@@ -16,6 +18,8 @@ from megatron.checkpoint.source import Source
 from megatron.checkpoint.validity import newest_valid, open_checked
 from megatron.core.topology import Axis
 from megatron.errors import CheckpointError
+
+logger = logging.getLogger(__name__)
 
 _MAX_LISTED = 8
 
@@ -71,6 +75,18 @@ def _open_native(path: Path, iteration: int | None) -> NativeSource:
     return source
 
 
+def _is_megatron_legacy(path: Path) -> bool:
+    """The tracker is named alike: a folder in which this project has saved as well is this project's."""
+    return is_legacy_tree(path) and not list_iterations(path)
+
+
+def _open_megatron_legacy(path: Path, iteration: int | None) -> LegacySource:
+    source = LegacySource(path, iteration)
+    for note in source.notes:
+        logger.warning(note)
+    return source
+
+
 def _is_hugging_face(path: Path) -> bool:
     return (path / CONFIG_FILE).exists()
 
@@ -94,6 +110,12 @@ def _open_meta(path: Path, iteration: int | None) -> MetaSource:
 
 # The order decides where two recognise a folder.
 FORMATS: tuple[Format, ...] = (
+    Format(
+        "megatron_legacy",
+        _is_megatron_legacy,
+        _open_megatron_legacy,
+        "a tree of Megatron-LM or Megatron-LLM (with mp_rank_XX folders)",
+    ),
     Format(
         "megatron",
         _is_native,

@@ -19,7 +19,7 @@ from typing import Any, BinaryIO, Final
 import numpy as np
 import torch
 
-from megatron.errors import CheckpointError
+from megatron.errors import CheckpointError, DamagedCheckpointError
 
 # Classes of these packages say how a run was set up (enums, mostly); only the files' weights are of use.
 _INERT_PACKAGES: Final = ("megatron", "apex", "amp_C", "transformer_engine", "fairseq", "omegaconf")
@@ -29,6 +29,9 @@ _INERT_NAMES: Final = (
     "pathlib.Path",
     "pathlib.PosixPath",
     "pathlib.PurePosixPath",
+    "pathlib.WindowsPath",
+    "pathlib._local.PosixPath",
+    "pathlib._local.WindowsPath",
     "signal.Signals",
     "types.SimpleNamespace",
 )
@@ -153,8 +156,8 @@ def _scan(path: Path) -> tuple[set[str], bool]:
         return _names_in(map(io.BytesIO, pickled)), all(r.compress_type == zipfile.ZIP_STORED for r in records)
 
 
-def _damaged(path: Path, reason: str) -> CheckpointError:
-    return CheckpointError(
+def _damaged(path: Path, reason: str) -> DamagedCheckpointError:
+    return DamagedCheckpointError(
         f"{path} is damaged or no file of torch.save ({reason}). Copy it again from where it was saved."
     )
 

@@ -1,0 +1,11 @@
+"""Checkpoint trees of Megatron-LM and Megatron-LLM: one pickled file for each tensor and pipeline rank.
+
+``<root>/{iter_0000100,release}/mp_rank_TT[_PPP]/model_optim_rng.pt`` beside ``latest_checkpointed_iteration.txt``.
+`tree` finds the files, `keys` knows their spellings, `conventions` and `arguments` what the recorded command line
+means, `tensors` which rows of which stored tensor a logical one is made of. `source` reads by these, `writer` writes.
+"""
+
+from megatron.checkpoint.legacy.source import LegacySource
+from megatron.checkpoint.legacy.tree import is_legacy_tree
+
+__all__ = ["LegacySource", "is_legacy_tree"]

@@ -1,0 +1,158 @@
+"""What the files of a tree hold, compared with the model that its recorded arguments describe."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+
+from megatron.checkpoint.legacy.arguments import Recorded
+from megatron.checkpoint.legacy.keys import EMBEDDING, HEAD, HEAD_COPY, num_layers
+from megatron.checkpoint.legacy.tensors import Chunk, Part, StoredTensor, TreeModel
+from megatron.checkpoint.legacy.tree import Tree, chunks_of, read_rank
+from megatron.errors import CheckpointError
+from megatron.model.config import ModelConfig
+
+_MAX_LISTED: Final = 8
+
+
+@dataclass(frozen=True)
+class Held:
+    """A tensor of a file."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a logical tensor lies: in chunk `chunk` of all tensor ranks of a pipeline rank."""
+
+    pipeline_rank: int
+    chunk: int
+    stored: StoredTensor
+    part: Part
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True)
+class Inventory:
+    """`held` are the tensors by key in each chunk of each (pipeline rank, tensor rank)."""
+
+    tree: Tree
+    recorded: Recorded
+    held: Mapping[tuple[int, int], list[Mapping[str, Held]]]
+
+    @property
+    def padded_vocab_size(self) -> int:
+        return self.held[0, 0][0][EMBEDDING].shape[0] * self.tree.tp
+
+    @property
+    def keys(self) -> set[str]:
+        return {key for chunks in self.held.values() for chunk in chunks for key in chunk}
+
+    def chunks(self) -> dict[tuple[int, int], Chunk]:
+        """(pipeline rank, chunk) -> its layers: chunk 0 of every rank comes before chunk 1 of the first."""
+        order = [(p, number) for number in range(len(self.held[0, 0])) for p in range(self.tree.pp)]
+        chunks, layer = {}, 0
+        for p, number in order:
+            count = num_layers(self.held[p, 0][number])
+            is_first, is_last = (p, number) == order[0], (p, number) == order[-1]
+            chunks[p, number] = Chunk(range(layer, layer + count), is_first, is_last)
+            layer += count
+        return chunks
+
+    def places(self, stored_as: TreeModel) -> dict[str, Place]:
+        """Every logical tensor's place. Raises CheckpointError listing what is missing, unknown or of another shape."""
+        places, problems, chunks = {}, [], self.chunks()
+        num_held = sum(len(chunk.layers) for chunk in chunks.values())
+        if num_held != stored_as.model.num_layers:
+            problems.append(f"there are {num_held} layers, not {stored_as.model.num_layers}")
+            chunks = {}
+        for (pipeline_rank, number), chunk in chunks.items():
+            expected = {stored.key: stored for stored in stored_as.tensors(chunk)}
+            differences = list(self._differences(pipeline_rank, number, expected))
+            problems += differences
+            for stored in expected.values() if not differences else ():
+                for part in stored.parts:
+                    if not part.is_copy:
+                        shape = _logical_shape(stored, part, stored_as.model)
+                        dtype = self.held[pipeline_rank, 0][number][stored.key].dtype
+                        places[part.name] = Place(pipeline_rank, number, stored, part, shape, dtype)
+        if problems:
+            more = f"; and {len(problems) - _MAX_LISTED} more" if len(problems) > _MAX_LISTED else ""
+            raise CheckpointError(
+                f"{self.tree.folder} does not hold the model that its args describe: "
+                f"{'; '.join(problems[:_MAX_LISTED])}{more}. Copy the whole folder again."
+            )
+        return places
+
+    def _differences(self, pipeline_rank: int, number: int, expected: Mapping[str, StoredTensor]) -> Iterator[str]:
+        for tensor_rank in range(self.tree.tp):
+            where = self.tree.files[pipeline_rank, tensor_rank].parent.name
+            held = self.held[pipeline_rank, tensor_rank][number]
+            if HEAD_COPY in expected and HEAD_COPY not in held and HEAD in held:
+                # Later versions of Megatron-LM name the last stage's copy of a tied embedding like a head of its own.
+                held = {HEAD_COPY if key == HEAD else key: tensor for key, tensor in held.items()}
+            yield from (f"{key} is missing in {where}" for key in expected if key not in held)
+            yield from (f"{key} in {where} has no place in the model" for key in held if key not in expected)
+            for key, stored in expected.items():
+                shape = stored.local_shape(self.tree.tp)
+                if key in held and held[key].shape != shape:
+                    yield f"{key} has shape {list(held[key].shape)} in {where}, not {list(shape)}"
+
+
+def take_inventory(tree: Tree) -> Inventory:
+    """Reads what every file holds, but no tensor. Raises CheckpointError where files do not belong together."""
+    held: dict[tuple[int, int], list[Mapping[str, Held]]] = {}
+    recorded = None
+    for rank, file in sorted(tree.files.items()):
+        state = read_rank(file)
+        if recorded is None:
+            recorded = _recorded(state, file)
+            tree.check_complete(recorded.tp, recorded.pp)
+        chunks = chunks_of(state)
+        held[rank] = [{key: Held(tuple(t.shape), t.dtype) for key, t in chunk.items()} for chunk in chunks]
+        if len(held[rank]) != len(held[0, 0]):
+            raise CheckpointError(
+                f"{file} holds {len(held[rank])} model chunks, and {tree.files[0, 0]} {len(held[0, 0])}; "
+                "they are of different runs: copy the whole folder again."
+            )
+    assert recorded is not None
+    inventory = Inventory(tree, recorded, held)
+    _check_vocabulary(inventory)
+    return inventory
+
+
+def _recorded(state: Mapping[str, Any], file: Path) -> Recorded:
+    args, version = state.get("args"), state.get("checkpoint_version", 0)
+    if not isinstance(args, Namespace):
+        raise CheckpointError(f"{file} records no args, so that its model is unknown; use a tree that does.")
+    if not isinstance(version, int | float):
+        raise CheckpointError(f"{file} has checkpoint_version {version!r}, which is no number; copy it again.")
+    return Recorded(args, version, file)
+
+
+def _check_vocabulary(inventory: Inventory) -> None:
+    first, file = inventory.held[0, 0][0], inventory.tree.files[0, 0]
+    if EMBEDDING not in first or len(first[EMBEDDING].shape) != 2:
+        raise CheckpointError(f"{file} holds no {EMBEDDING}, which the first stage of a decoder model has.")
+    recorded = getattr(inventory.recorded.args, "padded_vocab_size", None)
+    if recorded not in (None, inventory.padded_vocab_size):
+        raise CheckpointError(
+            f"{file}: its args have padded_vocab_size {recorded}, and {EMBEDDING} has {inventory.padded_vocab_size} "
+            f"rows on {inventory.tree.tp} tensor ranks; copy the whole folder again."
+        )
+
+
+def _logical_shape(stored: StoredTensor, part: Part, model: ModelConfig) -> tuple[int, ...]:
+    if part.rows is not None:
+        return (len(part.rows), *stored.shape[1:])
+    if part.name in ("embedding.word.weight", "head.weight"):
+        return (model.vocab_size, *stored.shape[1:])
+    return stored.shape

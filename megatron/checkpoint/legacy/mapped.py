@@ -1,0 +1,32 @@
+"""The tensors of a tree's files, mapped into memory and read where they are touched."""
+
+from __future__ import annotations
+
+from typing import Final
+
+from torch import Tensor
+
+from megatron.checkpoint.legacy.tree import Tree, chunks_of, read_rank
+
+_MAPPED_BYTES: Final = 64 * 2**20
+
+
+class MappedFiles:
+    """Opens files when they are asked for, and closes all when `_MAPPED_BYTES` of them have been read.
+
+    Pages that were read count as memory of this process until the file is closed.
+    """
+
+    def __init__(self, tree: Tree):
+        self._tree = tree
+        self._open: dict[tuple[int, int], list[dict[str, Tensor]]] = {}
+        self._num_read = 0
+
+    def tensor(self, rank: tuple[int, int], chunk: int, key: str, num_bytes: int) -> Tensor:
+        """A tensor of the (pipeline rank, tensor rank)'s file, of which `num_bytes` will be read."""
+        if self._num_read > _MAPPED_BYTES:
+            self._open, self._num_read = {}, 0
+        if rank not in self._open:
+            self._open[rank] = chunks_of(read_rank(self._tree.files[rank]))
+        self._num_read += num_bytes
+        return self._open[rank][chunk][key]

@@ -1,0 +1,145 @@
+"""A tree as a source of weights: the shares of all ranks, seen as whole logical tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from megatron.checkpoint.legacy.inventory import Place, take_inventory
+from megatron.checkpoint.legacy.mapped import MappedFiles
+from megatron.checkpoint.legacy.tensors import TreeModel
+from megatron.checkpoint.legacy.tree import find_tree
+from megatron.checkpoint.source import MODEL, RunState, TokenizerIdentity
+from megatron.errors import CheckpointError
+from megatron.model.config import ModelConfig
+from megatron.model.presets import MODEL_NAMES
+
+
+class LegacySource:
+    """See `Source`. `true_vocab_size` says how many vocabulary rows are no padding where the tree does not.
+
+    `rotary_pairs` overrides in which order queries and keys are taken to be: False for the first checkpoints of
+    Megatron-LLM, which have the order of Hugging Face and record nothing about it. `notes` says what a user should
+    know about what was read. Raises CheckpointError where files and recorded arguments disagree.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        iteration: int | None = None,
+        *,
+        true_vocab_size: int | None = None,
+        rotary_pairs: bool | None = None,
+    ):
+        self._tree = tree = find_tree(path, iteration)
+        self.path = tree.folder
+        inventory = take_inventory(tree)
+        self._recorded, padded = inventory.recorded, inventory.padded_vocab_size
+        vocab_size, self.notes = _true_vocab_size(self.path, self._recorded.args, true_vocab_size, padded)
+        self._model = self._recorded.model_config(inventory.keys, vocab_size)
+        conventions = self._recorded.conventions(self._model, rotary_pairs=rotary_pairs)
+        _check_tensor_ranks(self.path, self._model, tree.tp)
+        places = inventory.places(TreeModel(self._model, conventions, tree.tp, padded))
+        self._places = {f"{MODEL}.{name}": place for name, place in places.items()}
+        self._files = MappedFiles(tree)
+
+    def names(self) -> Sequence[str]:
+        return list(self._places)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._places[name].shape
+
+    def dtype(self, name: str) -> torch.dtype:
+        return self._places[name].dtype
+
+    def read(self, name: str, start: Sequence[int], size: Sequence[int]) -> Tensor:
+        place = self._places[name]
+        slices = tuple(slice(a, a + n) for a, n in zip(start, size, strict=True))
+        if place.stored.cut == "columns":
+            return self._read_columns(place, *slices)
+        rows = torch.arange(slices[0].start, slices[0].stop)
+        return self._read_rows(place, rows if place.part.rows is None else place.part.rows[rows], slices[1:])
+
+    def model_config(self) -> ModelConfig:
+        return self._model
+
+    def model_name(self) -> str | None:
+        name = getattr(self._recorded.args, "model_name", None)
+        return name if name in MODEL_NAMES else None
+
+    def tokenizer(self) -> TokenizerIdentity | None:
+        """The SentencePiece model that converters leave beside the tree, else the one that training used."""
+        beside = self.path.parent / "tokenizer.model"
+        recorded = getattr(self._recorded.args, "vocab_file", None)
+        if beside.is_file():
+            return TokenizerIdentity("SentencePieceTokenizer", str(beside))
+        is_sentencepiece = getattr(self._recorded.args, "tokenizer_type", None) == "SentencePieceTokenizer"
+        if is_sentencepiece and isinstance(recorded, str) and Path(recorded).is_file():
+            return TokenizerIdentity("SentencePieceTokenizer", recorded)
+        return None
+
+    def state(self) -> RunState | None:
+        """None for a release. Samples are counted alike; the order they are drawn in is this project's own."""
+        if self._tree.iteration is None:
+            return None
+        consumed = getattr(self._recorded.args, "consumed_train_samples", 0)
+        seed = getattr(self._recorded.args, "seed", None)
+        return RunState(
+            iteration=self._tree.iteration,
+            consumed_samples=consumed if isinstance(consumed, int) else 0,
+            seed=seed if isinstance(seed, int) else None,
+        )
+
+    def _read_rows(self, place: Place, rows: Tensor, columns: tuple[slice, ...]) -> Tensor:
+        """`rows`: where the wanted rows lie, counted over the tensors of all ranks."""
+        share = place.stored.local_shape(self._tree.tp)[0]
+        result: Tensor | None = None
+        for rank in (rows // share).unique().tolist():
+            here = (rows // share == rank).nonzero().squeeze(1)
+            held = self._tensor(place, rank, len(here))[(slice(None), *columns)]
+            if result is None:
+                result = torch.empty((len(rows), *held.shape[1:]), dtype=held.dtype)
+            result[here] = held.index_select(0, rows[here] - rank * share)
+        assert result is not None
+        return result
+
+    def _read_columns(self, place: Place, rows: slice, columns: slice) -> Tensor:
+        share = place.stored.local_shape(self._tree.tp)[-1]
+        pieces = []
+        for rank in range(columns.start // share, -(-columns.stop // share)):
+            first, end = (min(max(edge - rank * share, 0), share) for edge in (columns.start, columns.stop))
+            pieces.append(self._tensor(place, rank, rows.stop - rows.start)[rows, first:end])
+        return torch.cat(pieces, dim=1)
+
+    def _tensor(self, place: Place, tensor_rank: int, num_rows: int) -> Tensor:
+        row_bytes = place.dtype.itemsize * (place.stored.shape[-1] if len(place.stored.shape) > 1 else 1)
+        rank = (place.pipeline_rank, tensor_rank)
+        return self._files.tensor(rank, place.chunk, place.stored.key, num_rows * row_bytes)
+
+
+def _true_vocab_size(path: Path, args: object, given: int | None, padded: int) -> tuple[int, tuple[str, ...]]:
+    recorded = getattr(args, "vocab_size", None)
+    size = given if given is not None else recorded if isinstance(recorded, int) else None
+    if size is None:
+        return padded, (
+            f"{path} does not record how many of its {padded} vocabulary rows are padding: all are kept; "
+            "--true_vocab_size drops the padding.",
+        )
+    if not 1 <= size <= padded:
+        raise CheckpointError(
+            f"{path} has {padded} vocabulary rows, not {size}; "
+            "give the number of tokens of the tokenizer that the model was trained with."
+        )
+    return size, ()
+
+
+def _check_tensor_ranks(path: Path, model: ModelConfig, tp: int) -> None:
+    for name in ("num_attention_heads_kv", "ffn_hidden_size"):
+        if getattr(model, name) % tp:
+            raise CheckpointError(
+                f"{path}: its args have {name} {getattr(model, name)}, which cannot have been cut over {tp} tensor "
+                "ranks; copy the whole folder again."
+            )
