@@ -59,6 +59,14 @@ def gather_to_first(world: Axis, value: T) -> list[T]:
     return values or []
 
 
+def gather_to_all(world: Axis, value: T) -> list[T]:
+    """The values of all ranks, in rank order."""
+    values: list[Any] = [value] * world.size
+    if world.size > 1:
+        dist.all_gather_object(values, value, group=world.group)
+    return values
+
+
 @dataclass(frozen=True)
 class _Failure:
     cause: str

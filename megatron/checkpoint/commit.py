@@ -80,19 +80,10 @@ def check_room(root: Path, num_bytes: int) -> None:
         )
 
 
-def _prepare(root: Path, num_bytes: int, lock: ExitStack | None) -> Path:
-    check_save_folder(root)
-    if lock is not None:
-        lock.enter_context(owned(root))
-    _clean_up(root)
-    check_room(root, num_bytes)
-    staging = root / f"{STAGING_PREFIX}{uuid.uuid4().hex}"
-    staging.mkdir()
-    return staging
-
-
-def _clean_up(root: Path) -> None:
-    """Removes what crashed saves left, and brings back an iteration that one of them had just set aside."""
+def sweep(root: Path) -> None:
+    """Removes what crashed saves left in `root`, which the caller owns, and brings back an iteration that one of them
+    had just set aside.
+    """
     for leftover in root.glob(f"{STAGING_PREFIX}*"):
         if leftover.is_dir():
             shutil.rmtree(leftover)
@@ -104,6 +95,17 @@ def _clean_up(root: Path) -> None:
             shutil.rmtree(old)
         else:
             old.rename(current)
+
+
+def _prepare(root: Path, num_bytes: int, lock: ExitStack | None) -> Path:
+    check_save_folder(root)
+    if lock is not None:
+        lock.enter_context(owned(root))
+    sweep(root)
+    check_room(root, num_bytes)
+    staging = root / f"{STAGING_PREFIX}{uuid.uuid4().hex}"
+    staging.mkdir()
+    return staging
 
 
 def _write_into(staging: Path, write: Callable[[Path], list[WrittenFile]]) -> list[WrittenFile]:

@@ -26,8 +26,8 @@ def owned(root: Path) -> Iterator[None]:
     """Inside, no other process saves into `root`. Raises CheckpointError that names the process that does already.
 
     The kernel drops the lock when its process ends, however it ends, so a dead run is never in the way. It is a
-    record lock (fcntl) and not one of flock, because the processes of a data loader would inherit that one and
-    keep it for a while after a kill. A process must not enter twice for one folder: leaving once frees it.
+    record lock (fcntl) and not one of flock, because child processes would inherit that one, and one that outlives
+    a killed run would keep it. A process must not enter twice for one folder: leaving once frees it.
     """
     with (root / LOCK_FILE).open("a+") as file:
         try:

@@ -84,12 +84,26 @@ class CheckpointConfig:
     save_interval: int | None = field(
         default=None, metadata={"help": "iterations between checkpoints; default: end only"}
     )
+    async_save: bool = field(
+        default=False,
+        metadata={
+            "help": "copy what is saved to host memory and write it while training goes on; "
+            "default: training waits for the disk"
+        },
+    )
+    keep_last: int | None = field(
+        default=None,
+        metadata={"help": "after a save remove all but this many valid checkpoints; default: keep all"},
+    )
     save_optim: bool = field(default=True, metadata={"help": "write the optimizer's state into checkpoints"})
     load: str | None = field(
         default=None,
         metadata={"metavar": "PATH", "help": "folder of checkpoints to resume from, or a Hugging Face model folder"},
     )
-    load_iters: int | None = field(default=None, metadata={"help": "iteration to load; default: the latest"})
+    load_iters: int | None = field(
+        default=None,
+        metadata={"help": "iteration to load, which must be whole; default: the latest one that is"},
+    )
     load_optim: bool = field(default=True, metadata={"help": "load the optimizer's state"})
     finetune: bool = field(default=False, metadata={"help": "load weights only and count iterations from 0"})
     use_checkpoint_args: bool = field(
@@ -100,12 +114,15 @@ class CheckpointConfig:
         """Raises ConfigError for an option without the folder it is about."""
         for flag, value, least, folder_flag, folder in (
             ("--save_interval", self.save_interval, 1, "--save", self.save),
+            ("--keep_last", self.keep_last, 1, "--save", self.save),
             ("--load_iters", self.load_iters, 0, "--load", self.load),
         ):
             if value is not None and value < least:
                 raise ConfigError(f"{flag} {value} is too small; use {least} or more.")
             if value is not None and folder is None:
                 raise ConfigError(f"{flag} {value} has no folder; give {folder_flag} PATH, or drop {flag}.")
+        if self.async_save and self.save is None:
+            raise ConfigError("--async_save has no folder; give --save PATH, or drop --async_save.")
         for flag, is_on in (("--use_checkpoint_args", self.use_checkpoint_args), ("--finetune", self.finetune)):
             if is_on and self.load is None:
                 raise ConfigError(f"{flag} has no checkpoint to read; give --load PATH, or drop {flag}.")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Hashable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from functools import partial
 
@@ -124,6 +124,16 @@ class Topology:
             device=device,
             data_mesh=_data_mesh(dp, device, timeout),
         )
+
+    def second_world(self, timeout: timedelta = DEFAULT_TIMEOUT) -> Axis:
+        """All ranks once more, over a gloo group of their own: for a thread beside the one that trains.
+
+        Collectives of two threads on one group would meet in another order on another rank. Every rank calls it
+        together; each call makes a group, so that a run without such a thread pays nothing.
+        """
+        if self.world.size == 1:
+            return self.world
+        return replace(self.world, group=dist.new_group(backend="gloo", timeout=timeout))
 
     def close(self) -> None:
         """Waits for all ranks and ends the process group. Without the wait gloo can abort a peer that is still busy."""

@@ -1,21 +1,28 @@
-"""What a run saves and resumes from: its shards and optimizer state as rectangles, and the few numbers beside them."""
+"""What a run saves: its shards and optimizer state as rectangles, and the few numbers beside them."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import cast
 
 from torch import Tensor
 
-from megatron.checkpoint.manager import load, save
+from megatron.checkpoint.agreement import gather_to_first, on_first_rank
+from megatron.checkpoint.commit import check_room, sweep
+from megatron.checkpoint.manager import save
+from megatron.checkpoint.retention import Retention
+from megatron.checkpoint.snapshot import HostBuffers, check_host_memory, snapshot_bytes
 from megatron.checkpoint.source import JSON, MODEL, CheckpointInfo, LocalTensor, RunState, Source, TokenizerIdentity
 from megatron.config import RunConfig
 from megatron.core.data_parallel import DataParallel, Shard
-from megatron.core.topology import Topology
+from megatron.core.topology import Axis, Topology
 from megatron.errors import CheckpointError
 from megatron.optimizer.optimizers import Optimizer
+from megatron.training.saving import Saver
 
 
 @dataclass(frozen=True)
@@ -40,7 +47,10 @@ def resume_point(run: RunConfig, source: Source | None) -> Progress:
 
 
 class RunCheckpoints:
-    """Saves the run's state, and restores it from any source, whatever layout wrote it."""
+    """Saves the run's state: what this rank holds of it, with the few numbers beside it.
+
+    `loaded` is the folder that the run was restored from. Every rank calls the methods together.
+    """
 
     def __init__(
         self,
@@ -52,33 +62,38 @@ class RunCheckpoints:
         tokenizer: TokenizerIdentity,
         num_samples: Mapping[str, int],
         carried: Mapping[str, JSON],
+        loaded: Path | None,
     ):
         self.run, self.topology, self.data_parallel, self.optimizer = run, topology, data_parallel, optimizer
         self.tokenizer, self.num_samples, self.carried = tokenizer, num_samples, carried
+        keep_last = run.checkpoint.keep_last
+        self.retention = None if keep_last is None else Retention(keep_last, loaded)
 
-    def save(self, progress: Progress) -> Path:
-        """Writes a checkpoint and returns its folder when it is complete. Every rank calls it together."""
+    def saver(self) -> Saver:
+        """Checks that a checkpoint has room on the disk, and with --async_save its copy in memory, before training.
+
+        The run owns its save folder already. Raises CheckpointError.
+        """
+        root, tensors = self._root, self._outgoing()
+        needs = gather_to_first(self.topology.world, snapshot_bytes(tensors))
+        on_first_rank(self.topology.world, lambda: _sweep_and_check(root, sum(needs)))
+        if not self.run.checkpoint.async_save:
+            return Saver(partial(self._write, self.topology.world))
+        check_host_memory(tensors, self.topology.world)
+        timeout = timedelta(minutes=self.run.training.distributed_timeout_minutes)
+        return Saver(partial(self._write, self.topology.second_world(timeout)), HostBuffers(tensors))
+
+    def state(self, progress: Progress) -> tuple[CheckpointInfo, list[LocalTensor]]:
+        """What a checkpoint of this moment consists of. The tensors are live."""
+        return self._info(progress), self._outgoing()
+
+    def _write(self, world: Axis, info: CheckpointInfo, tensors: Sequence[LocalTensor]) -> Path:
+        return save(self._root, info, tensors, world, is_owned=True, retention=self.retention)
+
+    @property
+    def _root(self) -> Path:
         assert self.run.checkpoint.save is not None
-        return save(Path(self.run.checkpoint.save), self._info(progress), self._outgoing(), self.topology.world)
-
-    def load_weights(self, source: Source) -> None:
-        """Fills the masters of this rank from `source`."""
-        load(source, [self._whole(MODEL, shard, shard.tensor.detach()) for shard in self._shards], self.topology.world)
-        self.data_parallel.refresh()
-
-    def load_optimizer(self, source: Source) -> None:
-        """Fills the optimizer's state from `source`, which `resume_point` has found to have it."""
-        state = source.state()
-        assert state is not None
-        tensors = [
-            self._whole(f"optimizer.{name}", shard, tensor)
-            for shard in self._shards
-            for name, tensor in self.optimizer.state.get(shard.name, {}).items()
-        ]
-        load(source, tensors, self.topology.world)
-        num_steps = state.optimizer["num_steps"]
-        assert isinstance(num_steps, int)
-        self.optimizer.num_steps = num_steps
+        return Path(self.run.checkpoint.save)
 
     @property
     def _shards(self) -> tuple[Shard, ...]:
@@ -135,6 +150,11 @@ class RunCheckpoints:
         if not self.run.checkpoint.save_optim:
             return {}
         return {"name": self.run.optimizer.optimizer, "num_steps": self.optimizer.num_steps}
+
+
+def _sweep_and_check(root: Path, num_bytes: int) -> None:
+    sweep(root)
+    check_room(root, num_bytes)
 
 
 def _check_optimizer(path: Path, state: RunState, optimizer: str) -> None:

@@ -88,8 +88,7 @@ def state_bytes(run: RunConfig, stages: Sequence[Stage]) -> tuple[int, int, int]
     """
     zero_stage, whole = run.parallel.zero_stage, sum(map(_count, stages))
     owned = sum(_owned(parameter, run) for stage in stages for parameter in stage.parameters())
-    states_per_parameter = {"adam": 2, "sgd": 1 if run.optimizer.sgd_momentum else 0}[run.optimizer.optimizer]
-    optimizer = states_per_parameter * MASTER_BYTES * owned
+    optimizer = _states_per_parameter(run) * MASTER_BYTES * owned
     if zero_stage == 0:
         copies = _compute_bytes(run) * whole if run.training.bf16 else 0
         return MASTER_BYTES * whole + copies, MASTER_BYTES * whole, optimizer
@@ -97,6 +96,16 @@ def state_bytes(run: RunConfig, stages: Sequence[Stage]) -> tuple[int, int, int]
     unreduced = whole if zero_stage == 1 else max(_count(unit) for stage in stages for unit in stage.units())
     weights = MASTER_BYTES * owned + _compute_bytes(run) * gathered
     return weights, MASTER_BYTES * (owned + unreduced), optimizer
+
+
+def snapshot_bytes(run: RunConfig, stages: Sequence[Stage]) -> int:
+    """Host memory of the copy that --async_save keeps: of what this rank writes, which data ranks share row by row."""
+    rows = sum(_first_rows(parameter, run.layout.dp) for stage in stages for parameter in stage.parameters())
+    return rows * MASTER_BYTES * (1 + (_states_per_parameter(run) if run.checkpoint.save_optim else 0))
+
+
+def _states_per_parameter(run: RunConfig) -> int:
+    return {"adam": 2, "sgd": 1 if run.optimizer.sgd_momentum else 0}[run.optimizer.optimizer]
 
 
 def _gathered_under_zero_3(run: RunConfig, stage: Stage) -> int:
@@ -228,7 +237,10 @@ def _count(module: nn.Module) -> int:
 
 def _owned(parameter: nn.Parameter, run: RunConfig) -> int:
     """What the first data rank has of a parameter: all of it, or the first rows."""
-    if run.parallel.zero_stage == 0:
-        return parameter.numel()
+    return _first_rows(parameter, run.layout.dp if run.parallel.zero_stage else 1)
+
+
+def _first_rows(parameter: nn.Parameter, num_ranks: int) -> int:
+    """Elements of the first of `num_ranks` equal groups of rows."""
     rows = parameter.shape[0]
-    return -(-rows // run.layout.dp) * (parameter.numel() // rows)
+    return -(-rows // num_ranks) * (parameter.numel() // rows)

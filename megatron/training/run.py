@@ -6,7 +6,8 @@ import importlib.util
 import logging
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -17,6 +18,7 @@ from megatron.checkpoint.agreement import on_first_rank
 from megatron.checkpoint.commit import check_save_folder
 from megatron.checkpoint.hf import carried_files
 from megatron.checkpoint.manager import check_architecture
+from megatron.checkpoint.ownership import owned
 from megatron.checkpoint.source import Source, TokenizerIdentity
 from megatron.checkpoint.tokenizer_files import TOKENIZER_FOLDER, tokenizer_files
 from megatron.config import RunConfig
@@ -32,6 +34,7 @@ from megatron.training.build import PipelineParts, build_parts, fill_weights, re
 from megatron.training.checkpointing import Progress, RunCheckpoints, resume_point
 from megatron.training.datasets import RunDatasets, build_datasets, describe_continuation
 from megatron.training.forward import Pipeline
+from megatron.training.restoring import restore
 from megatron.training.sinks import MetricsLog
 from megatron.training.step import TrainStep
 from megatron.training.summary import startup_summary, write_config
@@ -50,15 +53,30 @@ def train(run: RunConfig, tokenizer: Tokenizer, source: Source | None) -> None:
         check_save_folder(Path(run.checkpoint.save))
     if source is not None:
         check_architecture(source.path, source.model_config(), run.model)
-    start = resume_point(run, source)
-    datasets = build_datasets(run, tokenizer, start)
+    datasets = build_datasets(run, tokenizer, resume_point(run, source))
     kernel = choose_kernel(run, device)
     _make_deterministic(run)
     timeout = timedelta(minutes=run.training.distributed_timeout_minutes)
     topology = Topology.create(run.layout, device, timeout=timeout)
+    with _save_folder_owned(run, topology):
+        _train(run, topology, kernel, tokenizer, datasets, source)
+    topology.close()
 
+
+def _train(
+    run: RunConfig,
+    topology: Topology,
+    kernel: AttentionKernel,
+    tokenizer: Tokenizer,
+    datasets: RunDatasets,
+    source: Source | None,
+) -> None:
     parts = build_run_parts(run, topology, kernel)
     optimizer = Optimizer(run.optimizer, parts.data_parallel.shards)
+    opened, source = source, _restore(run, topology, parts, optimizer, source)
+    start = resume_point(run, source)
+    if source is not opened:  # an older checkpoint has fewer samples behind it
+        datasets = build_datasets(run, tokenizer, start)
     checkpoints = RunCheckpoints(
         run,
         topology,
@@ -67,8 +85,8 @@ def train(run: RunConfig, tokenizer: Tokenizer, source: Source | None) -> None:
         tokenizer=_keep_tokenizer(run, tokenizer, topology),
         num_samples=datasets.num_samples,
         carried={} if source is None else carried_files(source),
+        loaded=None if source is None else source.path,
     )
-    _restore(run, topology, parts, checkpoints, source, start)
     step = TrainStep(
         _pipeline(run, topology, parts),
         optimizer,
@@ -76,16 +94,37 @@ def train(run: RunConfig, tokenizer: Tokenizer, source: Source | None) -> None:
         clip_grad=run.optimizer.clip_grad,
         seed=run.training.seed,
     )
-    log = MetricsLog(run, device=device, is_main=topology.world.is_first, resumed_at=start.iteration or None)
+    log = MetricsLog(run, device=topology.device, is_main=topology.world.is_first, resumed_at=start.iteration or None)
     if topology.world.is_first:
         if run.checkpoint.save is not None:
             write_config(run, Path(run.checkpoint.save))
-        log.message(startup_summary(run, parts.layers, kernel=kernel.__name__, device=device, datasets=datasets))
+        log.message(
+            startup_summary(run, parts.layers, kernel=kernel.__name__, device=topology.device, datasets=datasets)
+        )
         for note in _notes(datasets, source, start, run):
             log.message(f"note: {note}")
     Trainer(run, topology, step, datasets, checkpoints, log).fit(start)
     log.close()
-    topology.close()
+
+
+def _restore(
+    run: RunConfig, topology: Topology, parts: PipelineParts, optimizer: Optimizer, source: Source | None
+) -> Source | None:
+    """Fills the weights, and the optimizer's state where the run continues; returns what they came from."""
+    if source is None:
+        fill_weights(parts.data_parallel, topology, partial(initial_value, run.model, run.training.seed))
+        return None
+    return restore(run, topology, parts.data_parallel, optimizer, source)
+
+
+@contextmanager
+def _save_folder_owned(run: RunConfig, topology: Topology) -> Iterator[None]:
+    """While inside, no other run saves into this one's folder. Raises CheckpointError on all ranks."""
+    with ExitStack() as stack:
+        if run.checkpoint.save is not None:
+            root = Path(run.checkpoint.save)
+            on_first_rank(topology.world, lambda: stack.enter_context(owned(root)))
+        yield
 
 
 def choose_device(run: RunConfig) -> torch.device:
@@ -154,23 +193,6 @@ def _pipeline(run: RunConfig, topology: Topology, parts: PipelineParts) -> Pipel
 def compute_dtype(run: RunConfig) -> torch.dtype:
     """What the stages compute in; the masters are fp32 either way."""
     return torch.bfloat16 if run.training.bf16 else torch.float32
-
-
-def _restore(
-    run: RunConfig,
-    topology: Topology,
-    parts: PipelineParts,
-    checkpoints: RunCheckpoints,
-    source: Source | None,
-    start: Progress,
-) -> None:
-    """Fills weights, and the optimizer's state where the run continues."""
-    if source is None:
-        fill_weights(parts.data_parallel, topology, partial(initial_value, run.model, run.training.seed))
-        return
-    checkpoints.load_weights(source)
-    if start.iteration and run.checkpoint.load_optim:
-        checkpoints.load_optimizer(source)
 
 
 def _keep_tokenizer(run: RunConfig, tokenizer: Tokenizer, topology: Topology) -> TokenizerIdentity:

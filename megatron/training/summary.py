@@ -13,7 +13,7 @@ from megatron.core.pipeline import Schedule, Timeline, build_schedule, simulate
 from megatron.model.flops import num_parameters
 from megatron.training.build import recompute_policy, stage_costs
 from megatron.training.datasets import RunDatasets
-from megatron.training.memory import MemoryEstimate, estimate
+from megatron.training.memory import MemoryEstimate, estimate, meta_stage, snapshot_bytes
 from megatron.training.metrics import GIB, MIB
 
 CONFIG_FILE = "config.yaml"
@@ -45,7 +45,7 @@ def startup_summary(
         ("data", _data(run, datasets)),
         ("evaluation", _evaluation(run, datasets)),
         ("load", _load(run)),
-        ("save", _save(run)),
+        ("save", _save(run, layers, schedule)),
         *(("note", note) for note in run.notes),
     ]
     return "\n".join([*(f"{name:11}{text}" for name, text in entries), "", *_table(run, layers, schedule, timeline)])
@@ -169,12 +169,22 @@ def _load(run: RunConfig) -> str:
     return run.checkpoint.load + (", weights only" if run.checkpoint.finetune else "")
 
 
-def _save(run: RunConfig) -> str:
-    if run.checkpoint.save is None:
+def _save(run: RunConfig, layers: Sequence[range], schedule: Schedule) -> str:
+    checkpoint = run.checkpoint
+    if checkpoint.save is None:
         return "nowhere"
-    interval = run.checkpoint.save_interval
+    interval = checkpoint.save_interval
     when = "at the end" if interval is None else f"every {interval} iterations and at the end"
-    return f"{run.checkpoint.save}, {when}"
+    kept = "" if checkpoint.keep_last is None else f", keeping the last {checkpoint.keep_last}"
+    return f"{checkpoint.save}, {when}{kept}{_copy(run, layers, schedule) if checkpoint.async_save else ''}"
+
+
+def _copy(run: RunConfig, layers: Sequence[range], schedule: Schedule) -> str:
+    placement = schedule.placement
+    stages = [[meta_stage(run, layers, stage) for stage in placement.stages_of(rank)] for rank in range(run.layout.pp)]
+    most = max(snapshot_bytes(run, held) for held in stages)
+    unit, unit_bytes = ("GiB", GIB) if most >= GIB else ("MiB", MIB)
+    return f", from a copy of {most / unit_bytes:.2f} {unit} of host memory a process"
 
 
 _COLUMNS = (

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from megatron.config import RunConfig
 from megatron.core.topology import Topology
 from megatron.data.gpt import GPTDataset
 from megatron.data.loader import StepLoader, batches_for_step
+from megatron.errors import CheckpointError
 from megatron.optimizer.schedule import learning_rate
 from megatron.training.checkpointing import Progress, RunCheckpoints
 from megatron.training.datasets import RunDatasets
@@ -33,6 +36,7 @@ class Trainer:
     ):
         self.run, self.topology, self.step = run, topology, step
         self.datasets, self.checkpoints, self.log = datasets, checkpoints, log
+        self._saver = checkpoints.saver() if run.checkpoint.save is not None else None
         self._batching = {
             "micro_batch_size": run.training.micro_batch_size,
             "data_parallel_rank": topology.dp.rank,
@@ -48,11 +52,12 @@ class Trainer:
         loader = StepLoader(
             self.datasets.train, progress.consumed_samples, num_workers=self.run.data.num_workers, **self._batching
         )
-        with stop_on_sigterm(self.topology) as stop, loader:
+        with stop_on_sigterm(self.topology, self._has_save_failed) as stop, loader, self._save_in_flight():
             while progress.iteration < self.run.training.train_iters:
                 progress = self._step(loader, clock, progress)
                 if not stop.agree():
                     self._evaluate_when_due(progress, stop)
+                self._look_after_save(stop)
                 reason = self._reason_to_leave(progress, stop)
                 if self._is_save_due(progress) or reason:
                     saved = self._save(progress)
@@ -121,8 +126,35 @@ class Trainer:
         return None
 
     def _save(self, progress: Progress) -> Progress:
-        if self.run.checkpoint.save is not None:
-            started = time.perf_counter()
-            folder = self.checkpoints.save(progress)
-            self.log.message(f"saved {folder} in {time.perf_counter() - started:.1f} s")
+        if self._saver is not None:
+            self._tell(self._saver.finish())
+            self._tell(self._saver.save(*self.checkpoints.state(progress)))
         return progress
+
+    def _has_save_failed(self) -> bool:
+        return self._saver is not None and self._saver.has_failed
+
+    def _look_after_save(self, stop: StopRequest) -> None:
+        """Raises CheckpointError on every rank alike once the save in flight has failed on any."""
+        if self._saver is None:
+            return
+        if stop.save_failed:
+            self._saver.finish()
+            raise CheckpointError("a save in the background failed on another rank; see its message.")
+        self._tell(self._saver.finished())
+
+    @contextmanager
+    def _save_in_flight(self) -> Iterator[None]:
+        """Leaves with no save in flight: however a run ends, the checkpoint that it has begun is completed."""
+        try:
+            yield
+        except BaseException:
+            if self._saver is not None:
+                self._saver.abandon()
+            raise
+        if self._saver is not None:
+            self._tell(self._saver.finish())
+
+    def _tell(self, message: str | None) -> None:
+        if message is not None:
+            self.log.message(message)

@@ -64,7 +64,6 @@ def test_the_lock_of_a_killed_process_is_no_obstacle(tmp_path: Path) -> None:
 
 
 def test_a_child_that_outlives_its_parent_does_not_keep_the_lock(tmp_path: Path) -> None:
-    """The processes of a data loader are forked from the run that owns the folder."""
     script = """
 import os, sys
 from pathlib import Path
