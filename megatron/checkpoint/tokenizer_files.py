@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Final
 
@@ -14,12 +13,14 @@ TOKENIZER_FOLDER: Final = "tokenizer"
 
 SENTENCEPIECE_FILE: Final = "tokenizer.model"
 HUGGING_FACE_FILE: Final = "tokenizer.json"
-_CONFIG_FILE: Final = "tokenizer_config.json"
+CONFIG_FILE: Final = "tokenizer_config.json"
+# What older tokenizers consist of; transformers makes a tokenizer.json of them when it loads them.
+_VOCABULARIES: Final = ("vocab.json", "vocab.txt")
 _OTHER_FILES: Final = (
-    _CONFIG_FILE,
+    CONFIG_FILE,
     "special_tokens_map.json",
     "added_tokens.json",
-    "vocab.json",
+    *_VOCABULARIES,
     "merges.txt",
     "chat_template.jinja",
     "chat_template.json",
@@ -35,17 +36,11 @@ def tokenizer_files(path: Path) -> dict[str, Path]:
         main = path.name if path.name in (SENTENCEPIECE_FILE, HUGGING_FACE_FILE) else _main_name(path)
         return {**_known_files(path.parent), main: path}
     files = _known_files(path)
-    if SENTENCEPIECE_FILE not in files and HUGGING_FACE_FILE not in files:
+    if not files.keys() & {SENTENCEPIECE_FILE, HUGGING_FACE_FILE, *_VOCABULARIES}:
         raise CheckpointError(
             f"{path} holds no tokenizer; give a folder with {HUGGING_FACE_FILE} or {SENTENCEPIECE_FILE}, or the file."
         )
     return files
-
-
-def added_config(files: Mapping[str, Path]) -> dict[str, dict[str, str]]:
-    """What transformers needs beside a lone tokenizer.model: without it, it guesses another class and other ids."""
-    is_alone = SENTENCEPIECE_FILE in files and not {HUGGING_FACE_FILE, _CONFIG_FILE} & files.keys()
-    return {_CONFIG_FILE: {"tokenizer_class": "LlamaTokenizer"}} if is_alone else {}
 
 
 def identity_of(folder: Path) -> TokenizerIdentity | None:

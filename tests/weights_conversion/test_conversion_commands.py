@@ -12,16 +12,21 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
 from hf_folders import edit_json, loaded_config, save_llama, stored_tensors
 from megatron.checkpoint.hf import HuggingFaceSource
+from megatron.checkpoint.manager import save
+from megatron.checkpoint.named_tensors import logical_shapes
 from megatron.checkpoint.opening import open_source
-from megatron.checkpoint.tokenizer_files import tokenizer_files
-from megatron.errors import CheckpointError, ConfigError, MegatronError
+from megatron.checkpoint.source import CheckpointInfo, LocalTensor, RunState
+from megatron.core.sharding import Block, ShardSpec
+from megatron.core.topology import Axis
+from megatron.errors import CheckpointError, ConfigError, MegatronError, TokenizerError
+from megatron.model.presets import preset
 from megatron.tokenizer.build import build_tokenizer
 from megatron.tokenizer.config import TokenizerConfig
-from tiny_tokenizers import TEXT, write_huggingface, write_sentencepiece
+from tiny_tokenizers import SENTENCEPIECE_PIECES, TEXT, write_sentencepiece
 
 SCRIPTS = Path(__file__).parents[2] / "weights_conversion"
 
@@ -248,27 +253,110 @@ def test_the_tokenizer_is_found_beside_a_checkpoint_that_was_moved(importer, exp
     assert (tmp_path / "hf" / "tokenizer.model").exists()
 
 
-def test_another_tokenizer_can_be_given(exporter, native, tmp_path):
-    other = tmp_path / "my_pieces.model"
-    other.write_text("pieces")
-    exporter.main([f"--input_dir={native}", f"--output_dir={tmp_path / 'hf'}", f"--vocab_file={other}"])
-    assert (tmp_path / "hf" / "tokenizer.model").read_text() == "pieces"
+@pytest.fixture
+def wide(importer, tmp_path) -> Path:
+    """A converted model with as many rows as the tiny SentencePiece model has ids, the five additions counted."""
+    save_llama(tmp_path / "wide", vocab_size=SENTENCEPIECE_PIECES + 5)
+    importer.main(["llama2", f"--out={tmp_path / 'native'}", f"--model-path={tmp_path / 'wide'}"])
+    return tmp_path / "native"
 
 
-def test_transformers_reads_a_lone_sentencepiece_file_as_we_do(exporter, native, tmp_path):
+def test_another_tokenizer_can_be_given(exporter, wide, tmp_path):
+    (tmp_path / "other").mkdir()
+    other = write_sentencepiece(tmp_path / "other").rename(tmp_path / "my_pieces.model")
+    exporter.main([f"--input_dir={wide}", f"--output_dir={tmp_path / 'hf'}", f"--vocab_file={other}"])
+    assert (tmp_path / "hf" / "tokenizer.model").read_bytes() == other.read_bytes()
+
+
+def test_transformers_reads_a_lone_sentencepiece_file_as_we_do(exporter, wide, tmp_path):
     (tmp_path / "tokenizer").mkdir()
     model_file = write_sentencepiece(tmp_path / "tokenizer")
-    exporter.main([f"--input_dir={native}", f"--output_dir={tmp_path / 'hf'}", f"--vocab_file={model_file}"])
+    exporter.main([f"--input_dir={wide}", f"--output_dir={tmp_path / 'hf'}", f"--vocab_file={model_file}"])
     theirs = AutoTokenizer.from_pretrained(tmp_path / "hf")
     ours = build_tokenizer(TokenizerConfig(tokenizer_model=str(model_file), no_new_tokens=True))
     assert theirs(TEXT, add_special_tokens=False).input_ids == ours.encode(TEXT)
-    assert (theirs.bos_token_id, theirs.eos_token_id) == (ours.bos, ours.eos)
+    assert (theirs.bos_token_id, theirs.eos_token_id, len(theirs)) == (ours.bos, ours.eos, ours.vocab_size)
 
 
-def test_a_model_born_here_gets_the_special_tokens_of_its_tokenizer(exporter, tmp_path):
-    folder = write_huggingface(tmp_path / "tokenizer", bos_token="<|begin|>", eos_token="<|end|>")
-    assert exporter._special_tokens(tokenizer_files(folder)) == {"bos_token_id": 300, "eos_token_id": 301}
-    assert exporter._special_tokens({}) == {}
+def test_tokens_that_were_added_for_training_are_typed_as_for_training(exporter, wide, tmp_path, capsys):
+    (tmp_path / "tokenizer").mkdir()
+    model_file = write_sentencepiece(tmp_path / "tokenizer")
+    added = ["--vocab_extra_ids_list", "[x],[/x]", "--vocab_extra_ids=2", "--no_new_tokens"]
+    override = ["--override_special_tokens", "eos=[/x]", "pad=<unk>"]
+    exporter.main(
+        [f"--input_dir={wide}", f"--output_dir={tmp_path / 'hf'}", f"--vocab_file={model_file}", *added, *override]
+    )
+    theirs = AutoTokenizer.from_pretrained(tmp_path / "hf")
+    names = ["<extra_id_0>", "<extra_id_1>", "[x]", "[/x]"]
+    assert theirs.convert_tokens_to_ids(names) == list(range(SENTENCEPIECE_PIECES, SENTENCEPIECE_PIECES + 4))
+    assert (theirs.eos_token, theirs.pad_token) == ("[/x]", "<unk>")
+    config = AutoConfig.from_pretrained(tmp_path / "hf")
+    assert (config.eos_token_id, config.pad_token_id) == (SENTENCEPIECE_PIECES + 3, 0)
+    assert f"tokenizer: 324 ids, 4 of them added: {', '.join(names)}\n" in capsys.readouterr().out
+
+
+def test_tokens_without_rows_are_named(exporter, wide, tmp_path):
+    (tmp_path / "tokenizer").mkdir()
+    flags = [f"--vocab_file={write_sentencepiece(tmp_path / 'tokenizer')}", "--vocab_extra_ids_list=[x]"]
+    message = message_of(
+        exporter.main, f"--input_dir={wide}", f"--output_dir={tmp_path / 'hf'}", *flags, kind=TokenizerError
+    )
+    assert message == (
+        "--vocab_extra_ids_list: token '[x]' has id 325, but the checkpoint has 325 embedding rows; add rows with "
+        "tools/checkpoint_util.py --true_vocab_size 326 (321 with --no_new_tokens), or give the checkpoint's own "
+        "tokenizer."
+    )
+    assert not (tmp_path / "hf").exists()
+
+
+def test_roles_need_a_tokenizer(exporter, native, tmp_path):
+    message = message_of(
+        exporter.main, f"--input_dir={native}", f"--output_dir={tmp_path / 'hf'}", "--override_special_tokens", "eos=a"
+    )
+    assert message == (
+        f"--override_special_tokens: {native / 'iter_0000000'} names no tokenizer that is still there; give it with "
+        "--vocab_file."
+    )
+
+
+def test_what_a_run_trained_with_is_what_its_export_has(exporter, tmp_path, capsys):
+    """A checkpoint as a run leaves it, moved away from where it was written."""
+    root = tmp_path / "run"
+    (root / "tokenizer").mkdir(parents=True)
+    write_sentencepiece(root / "tokenizer")
+    tokenizer = {
+        "tokenizer_type": "SentencePieceTokenizer",
+        "tokenizer_model": "/gone/tokenizer.model",
+        "vocab_extra_ids_list": ["<|im_start|>", "<|im_end|>"],
+        "vocab_extra_ids": 1,
+        "no_new_tokens": False,
+    }
+    save_run(root, vocab_size=SENTENCEPIECE_PIECES + 8, config={"tokenizer": tokenizer})
+    exporter.main([f"--input_dir={root}", f"--output_dir={tmp_path / 'hf'}"])
+    theirs = AutoTokenizer.from_pretrained(tmp_path / "hf")
+    ours = build_tokenizer(
+        TokenizerConfig(
+            **{**tokenizer, "tokenizer_model": str(root / "tokenizer" / "tokenizer.model")}, parse_special=True
+        )
+    )
+    assert list(ours.added_tokens.values()) == theirs.convert_tokens_to_ids(list(ours.added_tokens))
+    text = f"{TEXT}<EOD><|im_start|> question\n<|im_end|><PAD><extra_id_0>"
+    assert theirs(text, add_special_tokens=False).input_ids == ours.encode(text)
+    config, generation = AutoConfig.from_pretrained(tmp_path / "hf"), GenerationConfig.from_pretrained(tmp_path / "hf")
+    assert (config.bos_token_id, config.eos_token_id, config.pad_token_id) == (ours.bos, ours.eos, ours.pad)
+    assert generation.eos_token_id == [ours.eos, ours.eod]
+
+
+def save_run(root: Path, *, vocab_size: int, config: dict[str, object]) -> None:
+    model = preset("llama2", "7")
+    sizes = {"num_layers": 1, "hidden_size": 8, "num_attention_heads": 2, "num_attention_heads_kv": 2}
+    model = replace(model, **sizes, kv_channels=4, ffn_hidden_size=8, vocab_size=vocab_size)
+    shapes = logical_shapes(model)
+    tensors = [
+        LocalTensor("model", ShardSpec((Block(name, shape),)).regions(0, 1), torch.randn(shape))
+        for name, shape in shapes.items()
+    ]
+    save(root, CheckpointInfo(RunState(iteration=5, config=config), model, "llama2"), tensors, Axis("world"))
 
 
 def test_a_folder_without_a_tokenizer_is_named(exporter, native, tmp_path):
@@ -295,9 +383,9 @@ def test_an_export_without_a_tokenizer_says_so(exporter, native, tmp_path, capsy
 
 def test_an_unsupported_model_is_named_before_anything_is_written(importer, llama, tmp_path):
     model = shutil.copytree(llama, tmp_path / "model")
-    edit_json(model / "config.json", model_type="falcon")
+    edit_json(model / "config.json", model_type="phi3")
     message = message_of(
         importer.main, "llama2", f"--out={tmp_path / 'o'}", f"--model-path={model}", kind=CheckpointError
     )
-    assert message == f"{model / 'config.json'}: model_type 'falcon' is not supported; convert one of llama."
+    assert message.startswith(f"{model / 'config.json'}: model_type 'phi3' is not supported; convert one of llama")
     assert not (tmp_path / "o").exists()
