@@ -14,7 +14,7 @@ from megatron.core.layout import ParallelLayout
 from megatron.core.recompute import RecomputePolicy
 from megatron.core.topology import Topology
 from megatron.data.loader import Batch
-from megatron.model.attention import AttentionKernel, sdpa_attention
+from megatron.model.attention_kernels import AttentionKernel, sdpa_attention
 from megatron.model.config import ModelConfig
 from megatron.model.stage import StageOptions
 from megatron.optimizer.config import OptimizerConfig

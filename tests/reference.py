@@ -1,4 +1,4 @@
-"""Tiny models for the tests: ours, and the same weights in `transformers` as an independent reference."""
+"""Tiny models for the tests, one of each family, with weights that show every mistake."""
 
 from __future__ import annotations
 
@@ -11,20 +11,48 @@ from megatron.core.random import DropoutStreams
 from megatron.core.sharding import Region, fill
 from megatron.core.tensor_parallel import shard_specs
 from megatron.core.topology import Axis
-from megatron.model.config import ModelConfig, RopeScaling
+from megatron.model.config import ModelConfig
 from megatron.model.init import initial_value
 from megatron.model.stage import Stage, StageOptions
 
-LLAMA_NAMES = {
-    "attention_norm": "input_layernorm",
-    "attention.q": "self_attn.q_proj",
-    "attention.k": "self_attn.k_proj",
-    "attention.v": "self_attn.v_proj",
-    "attention.output": "self_attn.o_proj",
-    "mlp_norm": "post_attention_layernorm",
-    "mlp.gate": "mlp.gate_proj",
-    "mlp.up": "mlp.up_proj",
-    "mlp.down": "mlp.down_proj",
+# What each family's architecture adds to that of `tiny_config`; sizes and numbers that show in the function.
+FAMILIES: Mapping[str, Mapping[str, object]] = {
+    "llama": {},
+    "mistral": {"sliding_window_size": 5},
+    "qwen2": {"qkv_bias": True, "tie_embed_logits": True, "rope_theta": 1e6},
+    "qwen3": {"qk_layernorm": True, "kv_channels": 12, "rope_theta": 1e6},
+    "gemma": {
+        "glu_activation": "geglu_tanh",
+        "apply_layernorm_1p": True,
+        "scale_embeddings": True,
+        "kv_channels": 12,
+        "tie_embed_logits": True,
+    },
+    "falcon 7": {
+        "num_attention_heads_kv": 1,
+        "use_rms_norm": False,
+        "glu_activation": None,
+        "parallel_attn": True,
+        "tie_embed_logits": True,
+    },
+    "falcon 40": {
+        "use_rms_norm": False,
+        "glu_activation": None,
+        "parallel_attn": True,
+        "parallel_layernorm": True,
+        "tie_embed_logits": True,
+    },
+    "gpt2": {
+        "num_attention_heads_kv": 8,
+        "use_rms_norm": False,
+        "glu_activation": None,
+        "mlp_activation": "gelu_tanh",
+        "position_embedding_type": "absolute",
+        "qkv_bias": True,
+        "attention_output_bias": True,
+        "mlp_bias": True,
+        "tie_embed_logits": True,
+    },
 }
 
 
@@ -79,77 +107,6 @@ def seeded(config: ModelConfig, seed: int = 1) -> Callable[[Region], Tensor]:
     return read
 
 
-def transformers_llama(config: ModelConfig, read: Callable[[Region], Tensor]) -> nn.Module:
-    """A `transformers` Llama in float64 with the weights that `read` gives for the logical tensors.
-
-    transformers computes its norms in float32 whatever the model's type; that one function is replaced, so
-    that the comparison is between two computations in float64.
-    """
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    rope: dict[str, object] = {"rope_type": "default", "rope_theta": config.rope_theta}
-    if config.rope_scaling is not None:
-        rope |= _rope_parameters(config.rope_scaling)
-    model = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=config.vocab_size,
-            hidden_size=config.hidden_size,
-            intermediate_size=config.ffn_hidden_size,
-            num_hidden_layers=config.num_layers,
-            num_attention_heads=config.num_attention_heads,
-            num_key_value_heads=config.num_attention_heads_kv,
-            head_dim=config.kv_channels,
-            rms_norm_eps=config.layernorm_epsilon,
-            max_position_embeddings=config.max_position_embeddings,
-            tie_word_embeddings=config.tie_embed_logits,
-            attention_bias=config.qkv_bias,
-            mlp_bias=config.mlp_bias,
-            rope_parameters=rope,
-            attn_implementation="sdpa",
-        )
-    ).double()
-    for module in model.modules():
-        if type(module).__name__ == "LlamaRMSNorm":
-            module.forward = _norm_in_its_own_type.__get__(module)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            logical, shape = logical_name(name), tuple(parameter.shape)
-            origin = (0,) * len(shape)
-            parameter.copy_(read(Region(logical, shape, origin, shape, origin)))
-    return model
-
-
-def logical_name(llama_name: str) -> str:
-    """The global name of the logical tensor that a Llama checkpoint of transformers calls `llama_name`."""
-    fixed: Mapping[str, str] = {
-        "model.embed_tokens.weight": "embedding.word.weight",
-        "model.norm.weight": "final_norm.weight",
-        "lm_head.weight": "head.weight",
-    }
-    if llama_name in fixed:
-        return fixed[llama_name]
-    _, _, layer, rest = llama_name.split(".", 3)
-    part, kind = rest.rsplit(".", 1)
-    ours = next(mine for mine, theirs in LLAMA_NAMES.items() if theirs == part)
-    return f"layers.{layer}.{ours}.{kind}"
-
-
 def logits_of(stage: Stage, tokens: Tensor, streams: DropoutStreams | None = None) -> Tensor:
     """tokens: [b, s] -> logits [b, s, v] of a stage that is the whole model."""
     return stage(tokens, tokens.shape[1], None, streams).transpose(0, 1)
-
-
-def _norm_in_its_own_type(self: nn.Module, x: Tensor) -> Tensor:
-    return self.weight * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.variance_epsilon))
-
-
-def _rope_parameters(scaling: RopeScaling) -> dict[str, object]:
-    if scaling.type == "linear":
-        return {"rope_type": "linear", "factor": scaling.factor}
-    return {
-        "rope_type": "llama3",
-        "factor": scaling.factor,
-        "low_freq_factor": scaling.low_freq_factor,
-        "high_freq_factor": scaling.high_freq_factor,
-        "original_max_position_embeddings": scaling.original_max_position_embeddings,
-    }

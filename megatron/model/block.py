@@ -1,4 +1,4 @@
-"""One transformer layer: attention and MLP, each behind a norm and added to the residual stream."""
+"""One transformer layer: attention and MLP, one after the other or side by side, added to the residual stream."""
 
 from __future__ import annotations
 
@@ -6,8 +6,10 @@ from torch import Tensor, nn
 
 from megatron.core.random import DropoutStreams
 from megatron.core.recompute import Checkpoint
+from megatron.core.tensor_parallel.parameters import replicated_gradient
 from megatron.core.topology import Axis
-from megatron.model.attention import AttentionKernel, SelfAttention
+from megatron.model.attention import SelfAttention
+from megatron.model.attention_kernels import AttentionKernel, AttentionPattern
 from megatron.model.config import ModelConfig
 from megatron.model.mlp import MLP
 from megatron.model.norm import Norm
@@ -41,12 +43,22 @@ class TransformerLayer(nn.Module):
             checkpoint_core=checkpoint_core,
             compile=compile,
         )
-        self.mlp_norm = make_norm(config, f"layers.{layer}.mlp_norm", sequence_parallel, compile=compile)
+        self.is_parallel = config.parallel_attn
+        has_mlp_norm = config.parallel_layernorm or not config.parallel_attn
+        mlp_norm = f"layers.{layer}.mlp_norm"
+        self.mlp_norm = make_norm(config, mlp_norm, sequence_parallel, compile=compile) if has_mlp_norm else None
         self.mlp = MLP(config, layer, axis=axis, sequence_parallel=sequence_parallel, compile=compile)
 
-    def forward(self, x: Tensor, rotary: Tensor | None, streams: DropoutStreams | None) -> Tensor:
-        attended = self._drop(self.attention(self.attention_norm(x), rotary, streams), "attention_output", streams)
-        x, normed = self.mlp_norm.after_residual(x, attended)
+    def forward(
+        self, x: Tensor, rotary: Tensor | None, pattern: AttentionPattern, streams: DropoutStreams | None
+    ) -> Tensor:
+        normed = self.attention_norm(x)
+        attended = self.attention(normed, rotary, pattern, streams)
+        if self.is_parallel:
+            mlp_input = normed if self.mlp_norm is None else self.mlp_norm(x)
+            return x + self._drop(attended + self.mlp(mlp_input), "parallel_output", streams)
+        assert self.mlp_norm is not None
+        x, normed = self.mlp_norm.after_residual(x, self._drop(attended, "attention_output", streams))
         return x + self._drop(self.mlp(normed), "mlp_output", streams)
 
     def _drop(self, x: Tensor, site: str, streams: DropoutStreams | None) -> Tensor:
@@ -60,6 +72,7 @@ def make_norm(config: ModelConfig, name: str, sequence_parallel: bool, *, compil
         config.hidden_size,
         epsilon=config.layernorm_epsilon,
         use_rms_norm=config.use_rms_norm,
-        sequence_parallel=sequence_parallel,
+        one_plus=config.apply_layernorm_1p,
+        gradient=replicated_gradient(sequence_parallel),
         compile=compile,
     )

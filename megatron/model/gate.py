@@ -6,6 +6,7 @@ Legend: f features of one half.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from types import MappingProxyType
 from typing import Any, Final, Literal
 
@@ -13,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-GateName = Literal["swiglu", "geglu", "liglu", "reglu"]
+GateName = Literal["swiglu", "geglu", "geglu_tanh", "liglu", "reglu"]
 
 
 def gated_activation(gate_up: Tensor, name: GateName) -> Tensor:
@@ -47,7 +48,13 @@ def _identity(x: Tensor) -> Tensor:
 
 
 _ACTIVATIONS: Final[Mapping[str, Callable[[Tensor], Tensor]]] = MappingProxyType(
-    {"swiglu": F.silu, "geglu": F.gelu, "liglu": _identity, "reglu": F.relu}
+    {
+        "swiglu": F.silu,
+        "geglu": F.gelu,
+        "geglu_tanh": partial(F.gelu, approximate="tanh"),
+        "liglu": _identity,
+        "reglu": F.relu,
+    }
 )
 
 Derivative = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -57,6 +64,9 @@ _DERIVATIVES: Final[Mapping[str, Derivative]] = MappingProxyType(
     {
         "swiglu": lambda grad, x, out: torch.ops.aten.silu_backward.grad_input(grad, x, grad_input=out),
         "geglu": lambda grad, x, out: torch.ops.aten.gelu_backward.grad_input(grad, x, grad_input=out),
+        "geglu_tanh": lambda grad, x, out: torch.ops.aten.gelu_backward.grad_input(
+            grad, x, approximate="tanh", grad_input=out
+        ),
         "liglu": lambda grad, x, out: out.copy_(grad),
         "reglu": lambda grad, x, out: torch.ops.aten.threshold_backward.grad_input(grad, x, 0, grad_input=out),
     }

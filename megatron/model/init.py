@@ -16,10 +16,10 @@ def initial_value(config: ModelConfig, seed: int, region: Region) -> Tensor:
     """The initial weights of one region: float32 on the CPU.
 
     Matrices are N(0, init_method_std); those that write to the residual stream are scaled by
-    1/sqrt(2 * num_layers) (Radford et al. 2019, GPT-2). Norm weights are 1, biases 0.
+    1/sqrt(2 * num_layers) (Radford et al. 2019, GPT-2). Norms start as the identity, biases at 0.
     """
     if region.name.endswith("norm.weight"):
-        return torch.ones(region.size)
+        return torch.zeros(region.size) if config.apply_layernorm_1p else torch.ones(region.size)
     if region.name.endswith(".bias"):
         return torch.zeros(region.size)
     std = config.init_method_std

@@ -20,6 +20,7 @@ class MLP(nn.Module):
         super().__init__()
         name, h, f = f"layers.{layer}.mlp", config.hidden_size, config.ffn_hidden_size
         self.gate = config.glu_activation
+        self.gelu_approximation = "tanh" if config.mlp_activation == "gelu_tanh" else "none"
         self.gated_activation = compiled(gated_activation) if compile else GatedActivation.apply
         parts = ("gate", "up") if self.gate else ("up",)
         self.up = ColumnParallelLinear(
@@ -38,5 +39,5 @@ class MLP(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         y = self.up(x)
         if self.gate is None:
-            return self.down(F.gelu(y))
+            return self.down(F.gelu(y, approximate=self.gelu_approximation))
         return self.down(self.gated_activation(y, self.gate))

@@ -76,8 +76,13 @@ def split_and_rotate(qkv: Tensor, table: Tensor, num_heads: int, num_kv_heads: i
     Each (i, i + d/2) pair of q and k is turned by its angle.
     """
     q, k, v = qkv.split((num_heads, num_kv_heads, num_kv_heads), dim=2)
+    return rotate(q, table), rotate(k, table), v
+
+
+def rotate(x: Tensor, table: Tensor) -> Tensor:
+    """x: [s, b, n, d], table: [2, s, b or 1, 1, d]. Each (i, i + d/2) pair is turned by its angle."""
     cos, sin = table
-    return q * cos + _swap_halves(q) * sin, k * cos + _swap_halves(k) * sin, v
+    return x * cos + _swap_halves(x) * sin
 
 
 class SplitAndRotate(torch.autograd.Function):
@@ -104,6 +109,24 @@ class SplitAndRotate(torch.autograd.Function):
         _turn(grad_k, cos, -sin, out=for_k)
         for_v.copy_(grad_v)
         return grad, None, None, None
+
+
+class Rotate(torch.autograd.Function):
+    """`rotate` that keeps nothing but the table."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, table: Tensor) -> Tensor:
+        ctx.table = table
+        out = torch.empty_like(x, memory_format=torch.contiguous_format)
+        _turn(x, *table, out=out)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        cos, sin = ctx.table
+        out = torch.empty_like(grad, memory_format=torch.contiguous_format)
+        _turn(grad, cos, -sin, out=out)  # backwards, by the negative angle
+        return out, None
 
 
 def _turn(x: Tensor, cos: Tensor, sin: Tensor, *, out: Tensor) -> None:

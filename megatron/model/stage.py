@@ -5,8 +5,10 @@ Legend: s sequence, b micro-batch, h hidden, v padded vocabulary, tp tensor rank
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field, replace
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -18,7 +20,7 @@ from megatron.core.tensor_parallel.embedding import VocabParallelEmbedding
 from megatron.core.tensor_parallel.linear import ColumnParallelLinear
 from megatron.core.tensor_parallel.parameters import ShardedModule, replicated_gradient
 from megatron.core.topology import Axis
-from megatron.model.attention import AttentionKernel, sdpa_attention
+from megatron.model.attention_kernels import AttentionKernel, AttentionPattern, sdpa_attention
 from megatron.model.block import TransformerLayer, make_norm
 from megatron.model.config import ModelConfig
 from megatron.model.rope import RotaryEmbedding
@@ -74,6 +76,7 @@ class Stage(nn.Module):
         )
         self.head = Head(config, axis, sequence_parallel, options, self.embedding) if is_last else None
         is_rotary = config.position_embedding_type == "rotary"
+        self.pattern = AttentionPattern(window=config.sliding_window_size)
         self.rope = RotaryEmbedding(config.kv_channels, config.rope_theta, config.rope_scaling) if is_rotary else None
 
     def forward(
@@ -82,13 +85,19 @@ class Stage(nn.Module):
         seq_length: int,
         position_ids: Tensor | None = None,
         streams: DropoutStreams | None = None,
+        *,
+        segment_ids: Tensor | None = None,
     ) -> Tensor:
-        """`seq_length` is s, also where x holds a part of it. No `streams`: no dropout."""
+        """`seq_length` is s, also where x holds a part of it. No `streams`: no dropout.
+
+        position_ids, segment_ids: [b, s]. Tokens attend to their own segment; None: the row is one.
+        """
         if self.embedding is not None:
             x = self.embedding(x, position_ids, streams)
         rotary = None if self.rope is None else self.rope.table(seq_length, position_ids, x)
+        pattern = self.pattern if segment_ids is None else replace(self.pattern, segment_ids=segment_ids)
         for group, call in self.recompute.groups(len(self.layers)):
-            x = call(self._run_layers, group, x, rotary, streams)
+            x = call(self._run_layers, group, x, rotary, pattern, streams)
         return x if self.head is None else self.head(x)
 
     def units(self) -> list[nn.Module]:
@@ -101,9 +110,16 @@ class Stage(nn.Module):
         ends = (self.embedding, *self.layers, self.head)
         return [module for module in ends if module is not None]
 
-    def _run_layers(self, group: range, x: Tensor, rotary: Tensor | None, streams: DropoutStreams | None) -> Tensor:
+    def _run_layers(
+        self,
+        group: range,
+        x: Tensor,
+        rotary: Tensor | None,
+        pattern: AttentionPattern,
+        streams: DropoutStreams | None,
+    ) -> Tensor:
         for i in group:
-            x = self.layers[i](x, rotary, streams)
+            x = self.layers[i](x, rotary, pattern, streams)
         return x
 
 
@@ -118,11 +134,14 @@ class Embedding(nn.Module):
             axis=axis,
             sequence_parallel=sequence_parallel,
         )
+        self.scale = math.sqrt(config.hidden_size) if config.scale_embeddings else None
         is_absolute = config.position_embedding_type == "absolute"
         self.position = PositionEmbedding(config, sequence_parallel) if is_absolute else None
 
     def forward(self, tokens: Tensor, position_ids: Tensor | None, streams: DropoutStreams | None) -> Tensor:
         x = self.word(tokens)
+        if self.scale is not None:
+            x = x * torch.tensor(self.scale, dtype=x.dtype).item()  # rounded as the hidden states are
         if self.position is not None:
             positions = self.position(tokens.shape[1], position_ids)
             x = x + (split(positions, self.axis) if self.sequence_parallel else positions)

@@ -25,7 +25,7 @@ from megatron.config import RunConfig
 from megatron.core.data_parallel import DataParallelConfig
 from megatron.core.topology import Topology, launch_environment
 from megatron.errors import ConfigError
-from megatron.model.attention import AttentionKernel, flash_attention, sdpa_attention
+from megatron.model.attention_kernels import AttentionKernel, flash_attention, sdpa_attention
 from megatron.model.init import initial_value
 from megatron.model.stage import StageOptions
 from megatron.optimizer.optimizers import Optimizer

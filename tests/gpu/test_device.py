@@ -23,7 +23,7 @@ from torch.profiler import ProfilerActivity, profile
 from device_runs import Options, Trained, batches, step_on, train, with_dropout
 from finetune_runs import assert_same_bits, command, run_command, stored_entries, write_tokens
 from megatron.core.recompute import RecomputePolicy
-from megatron.model.attention import AttentionKernel, flash_attention, sdpa_attention
+from megatron.model.attention_kernels import AttentionKernel, AttentionPattern, flash_attention, sdpa_attention
 from megatron.model.config import ModelConfig
 from rank_process import REPOSITORY
 from reference import tiny_config
@@ -42,6 +42,7 @@ RECOMPUTE = {
 FP32_TOLERANCE = 1e-4
 # What one rounding to bf16 can change, relatively.
 BF16_EPS = 2.0**-8
+FULL, WINDOW = AttentionPattern(), AttentionPattern(window=40)
 
 
 @pytest.fixture(params=["cpu", ON_GPU])
@@ -91,23 +92,33 @@ def test_the_flash_backend_computes_attention(device: str, heads_kv: int) -> Non
         compare_attention(sdpa_attention, device, heads_kv)
 
 
+@pytest.mark.parametrize("heads_kv", [8, 2])
+def test_a_window_never_needs_all_scores_at_once(device: str, heads_kv: int) -> None:
+    """Two blocks and a part of a third, with the backend forbidden that writes scores to memory."""
+    with sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION]):
+        compare_attention(sdpa_attention, device, heads_kv, WINDOW, s=640)
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(importlib.util.find_spec("flash_attn") is None, reason="the flash-attn package is not installed")
+@pytest.mark.parametrize("pattern", [FULL, WINDOW], ids=["causal", "window"])
 @pytest.mark.parametrize("heads_kv", [8, 2, 1])
-def test_the_flash_attn_package_computes_attention(heads_kv: int) -> None:
-    compare_attention(flash_attention, "cuda", heads_kv)
+def test_the_flash_attn_package_computes_attention(heads_kv: int, pattern: AttentionPattern) -> None:
+    compare_attention(flash_attention, "cuda", heads_kv, pattern)
 
 
-def compare_attention(kernel: AttentionKernel, device: str, heads_kv: int) -> None:
+def compare_attention(
+    kernel: AttentionKernel, device: str, heads_kv: int, pattern: AttentionPattern = FULL, *, s: int = 128
+) -> None:
     """Output and gradients against the definition in float64, from the same bf16 inputs."""
-    s, b, n, d = 128, 2, 8, 64
+    b, n, d = 2, 8, 64
     generator = torch.Generator().manual_seed(0)
     shapes = [(s, b, n, d), (s, b, heads_kv, d), (s, b, heads_kv, d), (s, b, n, d)]
     drawn = [torch.randn(shape, generator=generator).bfloat16() for shape in shapes]
     *inputs, weight = (x.to(device) for x in drawn)
     *exact_inputs, exact_weight = (x.double() for x in drawn)
-    out = weighed(kernel, inputs, weight)
-    expected = weighed(attention_by_definition, exact_inputs, exact_weight)
+    out = weighed(kernel, inputs, weight, pattern)
+    expected = weighed(attention_by_definition, exact_inputs, exact_weight, pattern)
     for value, exact in zip(out, expected, strict=True):
         # Probabilities and results are rounded to bf16, and so is the sum over the query heads of a key head, head by
         # head: that many roundings of the largest value.
@@ -115,19 +126,22 @@ def compare_attention(kernel: AttentionKernel, device: str, heads_kv: int) -> No
         assert (value.cpu().double() - exact).abs().max() <= num_roundings * BF16_EPS * exact.abs().max()
 
 
-def weighed(kernel: AttentionKernel, inputs: list[Tensor], weight: Tensor) -> list[Tensor]:
+def weighed(kernel: AttentionKernel, inputs: list[Tensor], weight: Tensor, pattern: AttentionPattern) -> list[Tensor]:
     """The output, and the gradients of its weighted sum."""
     q, k, v = (x.requires_grad_() for x in inputs)
-    out = kernel(q, k, v, 0.0)
+    out = kernel(q, k, v, pattern, 0.0)
     return [out.detach(), *torch.autograd.grad((out * weight).sum(), (q, k, v))]
 
 
-def attention_by_definition(q: Tensor, k: Tensor, v: Tensor, dropout: float) -> Tensor:
+def attention_by_definition(q: Tensor, k: Tensor, v: Tensor, pattern: AttentionPattern, dropout: float) -> Tensor:
     groups = q.shape[2] // k.shape[2]
     k, v = (x.repeat_interleave(groups, dim=2) for x in (k, v))
     scores = torch.einsum("sbnd,tbnd->bnst", q, k) / q.shape[3] ** 0.5
-    future = torch.ones(scores.shape[-2:], dtype=torch.bool).triu(1)
-    return torch.einsum("bnst,tbnd->sbnd", scores.masked_fill(future, float("-inf")).softmax(-1), v)
+    ones = torch.ones(scores.shape[-2:], dtype=torch.bool)
+    hidden = ones.triu(1)
+    if pattern.window is not None:
+        hidden |= ones.tril(-pattern.window)
+    return torch.einsum("bnst,tbnd->sbnd", scores.masked_fill(hidden, float("-inf")).softmax(-1), v)
 
 
 @pytest.mark.parametrize("policy", RECOMPUTE)

@@ -1,11 +1,13 @@
 """Hand-written backward passes are the derivatives of what they compute, and compute what the plain expressions do."""
 
+from functools import partial
+
 import pytest
 import torch
 
 from megatron.model.gate import GatedActivation, gated_activation
 from megatron.model.norm import Norm, normalise
-from megatron.model.rope import RotaryEmbedding, SplitAndRotate, split_and_rotate
+from megatron.model.rope import RotaryEmbedding, Rotate, SplitAndRotate, rotate, split_and_rotate
 
 S, B, H, HEADS, KV_HEADS, HEAD_DIM = 5, 2, 12, 4, 2, 6
 
@@ -14,8 +16,8 @@ def leaf(*shape, seed=0, dtype=torch.float64):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype).requires_grad_()
 
 
-def rms_norm(weight, epsilon=1e-3):
-    norm = Norm("n", H, epsilon=epsilon, use_rms_norm=True, sequence_parallel=False)
+def rms_norm(weight, epsilon=1e-3, *, one_plus=False):
+    norm = Norm("n", H, epsilon=epsilon, use_rms_norm=True, one_plus=one_plus)
     norm.weight = torch.nn.Parameter(weight)
     return norm
 
@@ -40,30 +42,36 @@ def check(kernel, expression, inputs):
     assert torch.autograd.gradcheck(kernel, inputs)
 
 
-def test_rms_norm():
+@pytest.mark.parametrize("one_plus", [False, True])
+def test_rms_norm(one_plus):
     def kernel(x, weight):
-        norm = rms_norm(weight)
+        norm = rms_norm(weight, one_plus=one_plus)
         del norm._parameters["weight"]
         norm.weight = weight  # a tensor that gradcheck can follow
         return norm(x)
 
-    check(kernel, lambda x, weight: normalise(x, weight, None, 1e-3), (leaf(S, B, H), leaf(H, seed=1)))
+    expression = partial(normalise, bias=None, epsilon=1e-3, one_plus=one_plus)
+    check(kernel, expression, (leaf(S, B, H), leaf(H, seed=1)))
 
 
-def test_rms_norm_of_half_precision_rounds_as_the_plain_expression():
-    """Forward: normalised in float32, rounded, then weighted. Backward: in float32, and closer to float64 than 1%."""
+@pytest.mark.parametrize("one_plus", [False, True])
+def test_rms_norm_of_half_precision_rounds_as_the_plain_expression(one_plus):
+    """Forward: normalised in float32, rounded, then weighted; by 1 + weight, weighted, then rounded.
+
+    Backward: in float32, and closer to float64 than 1%.
+    """
     x, weight = leaf(S, B, H, dtype=torch.bfloat16), leaf(H, seed=1, dtype=torch.bfloat16)
-    y = rms_norm(weight.detach())(x)
+    y = rms_norm(weight.detach(), one_plus=one_plus)(x)
     assert y.dtype == torch.bfloat16
-    torch.testing.assert_close(y, normalise(x, weight, None, 1e-3), rtol=0, atol=0)
+    torch.testing.assert_close(y, normalise(x, weight, None, 1e-3, one_plus), rtol=0, atol=0)
     y.sum().backward()
     exact = x.detach().double().requires_grad_()
-    normalise(exact, weight.detach().double(), None, 1e-3).sum().backward()
+    normalise(exact, weight.detach().double(), None, 1e-3, one_plus).sum().backward()
     assert x.grad.dtype == torch.bfloat16
     torch.testing.assert_close(x.grad.double(), exact.grad, rtol=1e-2, atol=1e-2)
 
 
-@pytest.mark.parametrize("name", ["swiglu", "geglu", "liglu", "reglu"])
+@pytest.mark.parametrize("name", ["swiglu", "geglu", "geglu_tanh", "liglu", "reglu"])
 def test_gated_activation(name):
     check(lambda x: GatedActivation.apply(x, name), lambda x: gated_activation(x, name), (leaf(S, B, 2 * H),))
 
@@ -76,6 +84,11 @@ def test_split_and_rotate(positions):
         lambda qkv: split_and_rotate(qkv, *heads),
         (leaf(S, B, HEADS + 2 * KV_HEADS, HEAD_DIM),),
     )
+
+
+def test_rotate():
+    table = rotary_table()
+    check(lambda x: Rotate.apply(x, table), lambda x: rotate(x, table), (leaf(S, B, HEADS, HEAD_DIM),))
 
 
 def test_rotation_turns_each_pair_by_its_angle():

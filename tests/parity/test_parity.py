@@ -26,7 +26,7 @@ from megatron.core.tensor_parallel import shard_specs
 from megatron.model.config import ModelConfig
 from megatron.optimizer.config import OptimizerConfig
 from megatron.training.step import TrainStep
-from reference import seeded, serial_stage, tiny_config
+from reference import FAMILIES, seeded, serial_stage, tiny_config
 from training_runs import RECOMPUTE, SEQ_LENGTH, Layout, batches_of_rank, global_batch, make_step
 
 NUM_STEPS = 3
@@ -43,6 +43,7 @@ class Case:
     zero_stage: int
     recompute: str
     schedule: str
+    model: str
     tied: bool
     biases: bool
 
@@ -58,19 +59,38 @@ class Case:
 
     @property
     def config(self) -> ModelConfig:
-        return tiny_config(
-            num_layers=8 if self.schedule == "interleaved" else 5,
-            tie_embed_logits=self.tied,
-            qkv_bias=self.biases,
-            attention_output_bias=self.biases,
-            mlp_bias=self.biases,
-        )
+        options = {
+            "num_layers": 8 if self.schedule == "interleaved" else 5,
+            "tie_embed_logits": self.tied,
+            "qkv_bias": self.biases,
+            "attention_output_bias": self.biases,
+            "mlp_bias": self.biases,
+        }
+        return tiny_config(**{**MODELS[self.model], **options})
 
     def __str__(self) -> str:
         tp, pp, dp = self.axes
         flags = [f"tp{tp}pp{pp}dp{dp}", "sp" * self.sequence_parallel, f"zero{self.zero_stage}", self.recompute]
-        return "-".join(filter(None, [*flags, self.schedule, "tied" * self.tied, "biases" * self.biases]))
+        return "-".join(filter(None, [*flags, self.schedule, self.model, "tied" * self.tied, "biases" * self.biases]))
 
+
+# Each has what several families have, so that few of them show all that a family can have.
+MODELS = {
+    "llama": {},
+    "gemma, window, qk-norm": {
+        "glu_activation": "geglu_tanh",
+        "sliding_window_size": 5,
+        "qk_layernorm": True,
+        "apply_layernorm_1p": True,
+        "scale_embeddings": True,
+    },
+    "falcon 7": FAMILIES["falcon 7"],
+    "falcon 40, positions": {
+        **FAMILIES["falcon 40"],
+        "mlp_activation": "gelu_tanh",
+        "position_embedding_type": "absolute",
+    },
+}
 
 AXES = [(tp, pp, dp) for tp in (1, 2, 4) for pp in (1, 2, 4) for dp in (1, 2) if tp * pp * dp <= 8]
 OPTIONS = {
@@ -79,6 +99,7 @@ OPTIONS = {
     "zero_stage": [0, 1, 2, 3],
     "recompute": list(RECOMPUTE),
     "schedule": ["1f1b", "gpipe", "interleaved"],
+    "model": list(MODELS),
     "tied": [False, True],
     "biases": [False, True],
 }
@@ -104,16 +125,19 @@ def pairs_of(case: Case) -> Iterator[tuple]:
     return itertools.combinations(named, 2)
 
 
+@cache
 def covering_cases() -> list[Case]:
     """Greedily picks cases until every pair of option values that can occur together does."""
-    cases = all_cases()
-    random.Random(0).shuffle(cases)
-    missing = {pair for case in cases for pair in pairs_of(case)}
-    chosen = []
+    pairs = {case: frozenset(pairs_of(case)) for case in all_cases()}
+    missing = frozenset().union(*pairs.values())
+    draw, chosen = random.Random(0), []
     while missing:
-        best = max(cases, key=lambda case: sum(pair in missing for pair in pairs_of(case)))
+        # The best of some that have a pair which is missing: nearly as few cases as the best of all, much sooner.
+        wanted = min(missing, key=repr)
+        able = [case for case in pairs if wanted in pairs[case]]
+        best = max(draw.sample(able, min(200, len(able))), key=lambda case: len(pairs[case] & missing))
         chosen.append(best)
-        missing -= set(pairs_of(best))
+        missing -= pairs[best]
     return chosen
 
 
