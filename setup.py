@@ -22,7 +22,7 @@ setup(
             "megatron.data.helpers",
             ["megatron/data/helpers.cpp"],
             cxx_std=17,
-            extra_compile_args=["-O3"],
+            extra_compile_args=["-O3", "-ffp-contract=off"],
         )
     ],
     cmdclass={"build_ext": BuildBesideSource},

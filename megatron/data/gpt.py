@@ -1,29 +1,83 @@
 """Pretraining samples: windows of fixed length over documents put end to end."""
 
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 
 from megatron.data.gpt_index import build_indices, plan_epochs
-from megatron.data.index_cache import cached_arrays
+from megatron.data.index_cache import Arrays, cached_arrays
 from megatron.data.indexed import IndexedDataset
+from megatron.data.sample import Sample
 from megatron.errors import DataError
 
 # Part of every cache key: raise it when the meaning of the stored indices changes.
-_INDEX_CODE_VERSION = 1
+INDEX_CODE_VERSION = 1
 
 
-@dataclass(frozen=True, slots=True)
-class Sample:
-    """tokens: int64 [s + 1], inputs are [:-1] and labels [1:]. loss_mask: float32 [s], 1 where the label counts."""
+@dataclass(frozen=True)
+class DocumentBounds:
+    """What happens where one document ends inside a sample and the next begins.
 
-    tokens: np.ndarray
-    loss_mask: np.ndarray
+    `eod` is the id of the token that ends documents; labels that follow it do not count where it is given.
+    """
+
+    reset_positions: bool = False
+    reset_attention: bool = False
+    eod: int | None = None
 
 
-class GPTDataset:
+class GPTSamples:
+    """Reads samples by their indices (see `gpt_index.build_indices`). The tokens are opened when the first is read."""
+
+    def __init__(
+        self, open_tokens: Callable[[], IndexedDataset], indices: Arrays, sequence_length: int, bounds: DocumentBounds
+    ):
+        self.sequence_length = sequence_length
+        self.document_index = indices["document_index"]
+        self.sample_index = indices["sample_index"]
+        self.shuffle_index = indices["shuffle_index"]
+        self._open_tokens, self._bounds = open_tokens, bounds
+
+    def __len__(self) -> int:
+        return len(self.shuffle_index)
+
+    def __getitem__(self, index: int) -> Sample:
+        if not 0 <= index < len(self):
+            raise IndexError(f"sample {index} of a dataset of {len(self)}")
+        sample = int(self.shuffle_index[index])
+        (first, offset), (last, last_offset) = self.sample_index[sample : sample + 2].tolist()
+        # The boundary token belongs to both neighbours.
+        tokens, num_filled, starts = self._tokens.read_span(
+            self.document_index[first : last + 1], offset, last_offset + 1, self.sequence_length + 1
+        )
+        loss_mask = np.ones(self.sequence_length, dtype=np.float32)
+        if num_filled <= self.sequence_length:
+            loss_mask[num_filled - 1 :] = 0.0
+        if self._bounds.eod is not None:
+            loss_mask[tokens[:-1] == self._bounds.eod] = 0.0
+        return Sample(tokens, loss_mask, *self._resets(starts))
+
+    @cached_property
+    def _tokens(self) -> IndexedDataset:
+        return self._open_tokens()
+
+    def _resets(self, starts: np.ndarray) -> tuple[np.ndarray | None, np.ndarray | None]:
+        """starts: int32 [k], where documents begin among the s + 1 tokens. -> position_ids, segment_ids."""
+        if not (self._bounds.reset_positions or self._bounds.reset_attention):
+            return None, None
+        s = self.sequence_length
+        starts = starts[: int(np.searchsorted(starts, s))]  # a document that begins with the last label is no input
+        lengths = np.diff(starts, append=np.int32(s))
+        segments = np.repeat(np.arange(len(starts), dtype=np.int32), lengths) if self._bounds.reset_attention else None
+        if not self._bounds.reset_positions:
+            return None, segments
+        return np.arange(s) - np.repeat(starts.astype(np.int64), lengths), segments
+
+
+class GPTDataset(GPTSamples):
     """Samples of `sequence_length` + 1 tokens from the documents of one range, in Megatron-LM's order.
 
     With `num_samples` the documents are read as many whole epochs as that takes, and ``len()`` may be more;
@@ -40,18 +94,16 @@ class GPTDataset:
         seed: int,
         *,
         drop_last_partial: bool = True,
+        bounds: DocumentBounds = DocumentBounds(),  # noqa: B008 - frozen
         cache_path: Path | None = None,
     ):
-        self.sequence_length = sequence_length
-        self._indexed = indexed
         _check_request(indexed, document_range, num_samples, sequence_length)
-        lengths = indexed.sequence_lengths[document_range.start : document_range.stop]
-        self._tokens_per_epoch = int(lengths.sum(dtype=np.int64))
-        self._check_tokens(document_range, num_samples)
-        self._plan = plan_epochs(self._tokens_per_epoch, sequence_length, num_samples)
+        self.tokens_per_epoch = count_tokens(indexed, document_range)
+        _check_tokens(indexed, document_range, num_samples, sequence_length, self.tokens_per_epoch)
+        self._plan = plan_epochs(self.tokens_per_epoch, sequence_length, num_samples)
         # The plan stands for the number of samples: runs that differ only in that share their indices.
         self._key: dict[str, str | int | bool] = {
-            "version": _INDEX_CODE_VERSION,
+            "version": INDEX_CODE_VERSION,
             "data": indexed.fingerprint,
             "documents": f"{document_range.start}:{document_range.stop}",
             "sequence_length": sequence_length,
@@ -60,7 +112,7 @@ class GPTDataset:
             "separate_final_epoch": self._plan.separate_final_epoch,
             "drop_last_partial": drop_last_partial,
         }
-        arrays = cached_arrays(
+        indices = cached_arrays(
             cache_path if cache_path is not None else indexed.prefix.parent / "cache",
             "gpt",
             self._key,
@@ -68,30 +120,13 @@ class GPTDataset:
                 indexed.sequence_lengths,
                 document_range,
                 self._plan,
-                tokens_per_epoch=self._tokens_per_epoch,
+                tokens_per_epoch=self.tokens_per_epoch,
                 sequence_length=sequence_length,
                 seed=seed,
                 drop_last_partial=drop_last_partial,
             ),
         )
-        self.document_index = arrays["document_index"]
-        self.sample_index = arrays["sample_index"]
-        self.shuffle_index = arrays["shuffle_index"]
-
-    def __len__(self) -> int:
-        return len(self.shuffle_index)
-
-    def __getitem__(self, index: int) -> Sample:
-        if not 0 <= index < len(self):
-            raise IndexError(f"sample {index} of a dataset of {len(self)}")
-        tokens = np.zeros(self.sequence_length + 1, dtype=np.int64)
-        filled = 0
-        for piece in self._pieces(int(self.shuffle_index[index])):
-            tokens[filled : filled + len(piece)] = piece
-            filled += len(piece)
-        loss_mask = np.ones(self.sequence_length, dtype=np.float32)
-        loss_mask[filled - 1 :] = 0.0
-        return Sample(tokens, loss_mask)
+        super().__init__(lambda: indexed, indices, sequence_length, bounds)
 
     @property
     def fingerprint(self) -> str:
@@ -100,27 +135,24 @@ class GPTDataset:
 
     def has_same_order_for(self, num_samples: int | None) -> bool:
         """Whether this dataset, built for `num_samples` instead, would serve the same samples in the same order."""
-        return plan_epochs(self._tokens_per_epoch, self.sequence_length, num_samples) == self._plan
+        return plan_epochs(self.tokens_per_epoch, self.sequence_length, num_samples) == self._plan
 
-    def _pieces(self, sample: int) -> Iterator[np.ndarray]:
-        """Yield the parts of documents that make up one sample, each a view [length]."""
-        first, offset = (int(value) for value in self.sample_index[sample])
-        last, last_offset = (int(value) for value in self.sample_index[sample + 1])
-        for position in range(first, last):
-            yield self._indexed.get(int(self.document_index[position]), offset)
-            offset = 0
-        # The boundary token belongs to both neighbours.
-        yield self._indexed.get(int(self.document_index[last]), offset, last_offset + 1 - offset)
 
-    def _check_tokens(self, document_range: range, num_samples: int | None) -> None:
-        what = f"{self._indexed.prefix}: documents {document_range.start} to {document_range.stop} hold"
-        if self._tokens_per_epoch == 0:
-            raise DataError(f"{what} 0 tokens, which is no sample; choose other data or another --split.")
-        if num_samples is None and self._tokens_per_epoch <= self.sequence_length:
-            raise DataError(
-                f"{what} {self._tokens_per_epoch} tokens, less than one sample of sequence length "
-                f"{self.sequence_length} plus one label; use a shorter --seq_length, more data or another --split."
-            )
+def count_tokens(indexed: IndexedDataset, document_range: range) -> int:
+    return int(indexed.sequence_lengths[document_range.start : document_range.stop].sum(dtype=np.int64))
+
+
+def _check_tokens(
+    indexed: IndexedDataset, documents: range, num_samples: int | None, sequence_length: int, num_tokens: int
+) -> None:
+    what = f"{indexed.prefix}: documents {documents.start} to {documents.stop} hold"
+    if num_tokens == 0:
+        raise DataError(f"{what} 0 tokens, which is no sample; choose other data or another --split.")
+    if num_samples is None and num_tokens <= sequence_length:
+        raise DataError(
+            f"{what} {num_tokens} tokens, less than one sample of sequence length {sequence_length} plus one label; "
+            "use a shorter --seq_length, more data or another --split."
+        )
 
 
 def _check_request(

@@ -66,7 +66,7 @@ def build_indices(
     random = np.random.RandomState(seed)
     document_index = _document_index(documents, plan, random)
     sample_index = helpers.build_sample_index(
-        np.require(sequence_lengths, np.int32, ["C", "ALIGNED"]),
+        sequence_lengths,
         document_index,
         sequence_length=sequence_length,
         num_tokens=plan.num_epochs * tokens_per_epoch,
@@ -85,11 +85,12 @@ def build_indices(
 def _document_index(documents: range, plan: EpochPlan, random: np.random.RandomState) -> np.ndarray:
     """Return every document `num_epochs` times, int32: shuffled over all epochs, or the last one apart."""
     num_mixed = plan.num_epochs - 1 if plan.separate_final_epoch else plan.num_epochs
-    epoch = np.arange(documents.start, documents.stop, dtype=np.int32)
-    index = np.tile(epoch, plan.num_epochs)
-    random.shuffle(index[: num_mixed * len(epoch)])
+    index = np.empty((plan.num_epochs, len(documents)), dtype=np.int32)
+    index[:] = np.arange(documents.start, documents.stop, dtype=np.int32)
+    index = index.reshape(-1)
+    random.shuffle(index[: num_mixed * len(documents)])
     if plan.separate_final_epoch:
-        random.shuffle(index[num_mixed * len(epoch) :])
+        random.shuffle(index[num_mixed * len(documents) :])
     return index
 
 

@@ -1,54 +1,72 @@
-// Index building at memory speed. `tests/data/test_sample_index.py` holds the Python oracle of everything here.
+// Index building and reading at memory speed. The Python oracles: tests/data/test_sample_index.py, test_blend_index.py
+// and test_span.py.
 
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
 #include <algorithm>
 #include <cstdint>
+#include <cstring>
 #include <limits>
 #include <stdexcept>
 #include <string>
+#include <vector>
 
 namespace py = pybind11;
 
 namespace {
 
-using Int32Array = py::array_t<std::int32_t, py::array::c_style>;
+// A borrowed, checked view of a one-dimensional array; usable without the GIL. Arrays inside a mapped .idx file start
+// at byte 34, so that nothing may be said about alignment: the copies are single instructions to the compiler.
+template <typename Value>
+class View {
+  public:
+    View(const py::array& array, const char* name) {
+        if (array.ndim() != 1) {
+            throw std::invalid_argument(std::string(name) + " must have one dimension, not " +
+                                        std::to_string(array.ndim()));
+        }
+        if (!array.dtype().is(py::dtype::of<Value>()) && !array.dtype().equal(py::dtype::of<Value>())) {
+            throw std::invalid_argument(std::string(name) + " must be " +
+                                        std::string(py::str(py::dtype::of<Value>())) + ", not " +
+                                        std::string(py::str(array.dtype())));
+        }
+        if (array.size() > 1 && array.strides(0) != static_cast<py::ssize_t>(sizeof(Value))) {
+            throw std::invalid_argument(std::string(name) + " must be contiguous");
+        }
+        data_ = static_cast<const unsigned char*>(array.data());
+        size = static_cast<std::int64_t>(array.size());
+    }
 
-// A borrowed, checked view of a one-dimensional int32 array; usable without the GIL.
-struct Int32View {
-    const std::int32_t* data;
+    Value operator[](std::int64_t i) const {
+        Value value;
+        std::memcpy(&value, at(i), sizeof value);
+        return value;
+    }
+    const unsigned char* at(std::int64_t i) const { return data_ + i * static_cast<std::int64_t>(sizeof(Value)); }
+
     std::int64_t size;
 
-    std::int32_t operator[](std::int64_t i) const { return data[i]; }
+  private:
+    const unsigned char* data_;
 };
 
-Int32View view(const Int32Array& array, const char* name) {
-    if (array.ndim() != 1) {
-        throw std::invalid_argument(std::string(name) + " must have one dimension, not " + std::to_string(array.ndim()));
-    }
-    // Arrays inside a mapped .idx file start at byte 34: reading them as int32 would be undefined behaviour.
-    if (reinterpret_cast<std::uintptr_t>(array.data()) % alignof(std::int32_t) != 0) {
-        throw std::invalid_argument(std::string(name) + " must be aligned; pass a copy");
-    }
-    return {array.data(), static_cast<std::int64_t>(array.size())};
-}
+using Int32View = View<std::int32_t>;
 
 // Checking first, in a pass that the compiler vectorises, leaves the walk below without checks.
 void require_range(Int32View values, std::int64_t low, std::int64_t high, const std::string& what) {
-    const std::int32_t* end = values.data + values.size;
     std::int32_t smallest = std::numeric_limits<std::int32_t>::max();
     std::int32_t largest = std::numeric_limits<std::int32_t>::min();
-    for (const std::int32_t* value = values.data; value != end; ++value) {
-        smallest = std::min(smallest, *value);
-        largest = std::max(largest, *value);
+    for (std::int64_t i = 0; i < values.size; ++i) {
+        smallest = std::min(smallest, values[i]);
+        largest = std::max(largest, values[i]);
     }
-    if (values.size > 0 && (smallest < low || largest >= high)) {
-        const auto wrong = std::find_if(values.data, end, [=](std::int32_t v) { return v < low || v >= high; });
-        throw std::out_of_range(what + " " + std::to_string(*wrong) + " at position " +
-                                std::to_string(wrong - values.data) + " is not in [" + std::to_string(low) + ", " +
-                                std::to_string(high) + ")");
-    }
+    if (values.size == 0 || (smallest >= low && largest < high)) return;
+    std::int64_t wrong = 0;
+    while (values[wrong] >= low && values[wrong] < high) ++wrong;
+    throw std::out_of_range(what + " " + std::to_string(values[wrong]) + " at position " + std::to_string(wrong) +
+                            " is not in [" + std::to_string(low) + ", " + std::to_string(high) + ")");
 }
 
 // Walks the documents once and notes where every `sequence_length`-th token lies.
@@ -74,7 +92,7 @@ void fill_sample_index(Int32View sizes, Int32View documents, std::int64_t sequen
                                             "num_tokens = " + std::to_string(num_tokens));
             }
             if (position + kPrefetchDistance < documents.size) {
-                __builtin_prefetch(sizes.data + documents[position + kPrefetchDistance]);
+                __builtin_prefetch(sizes.at(documents[position + kPrefetchDistance]));
             }
             size = sizes[documents[position]];
             end += size;
@@ -98,10 +116,10 @@ py::array_t<Index> sample_index_as(Int32View sizes, Int32View documents, std::in
     return result;
 }
 
-py::array build_sample_index(const Int32Array& sizes, const Int32Array& document_index, std::int64_t sequence_length,
+py::array build_sample_index(const py::array& sizes, const py::array& document_index, std::int64_t sequence_length,
                              std::int64_t num_tokens, bool drop_last_partial, bool wide) {
-    const Int32View sizes_view = view(sizes, "sizes");
-    const Int32View documents = view(document_index, "document_index");
+    const Int32View sizes_view(sizes, "sizes");
+    const Int32View documents(document_index, "document_index");
     if (sequence_length < 1 || sequence_length > std::numeric_limits<std::int32_t>::max()) {
         throw std::invalid_argument("sequence_length = " + std::to_string(sequence_length) + " is not in [1, 2^31)");
     }
@@ -127,6 +145,158 @@ py::array build_sample_index(const Int32Array& sizes, const Int32Array& document
     return sample_index_as<std::int32_t>(sizes_view, documents, sequence_length, num_tokens, num_samples);
 }
 
+// Datasets of one weight have the same deficit until one is chosen, so they are served in turn; what the blend looks
+// at is one of them. Real blends have many small datasets of equal weight.
+struct Turn {
+    double weight;
+    double rounds = 0.0;  // how many samples the next in turn has given
+    std::size_t next = 0;
+    std::vector<std::uint16_t> datasets;  // ascending
+};
+
+std::vector<Turn> turns_of(const std::vector<double>& weights, const std::vector<bool>& is_exhausted) {
+    double total = 0.0;
+    for (std::size_t d = 0; d < weights.size(); ++d) total += is_exhausted[d] ? 0.0 : weights[d];
+    std::vector<Turn> turns;
+    for (std::size_t d = 0; d < weights.size(); ++d) {
+        if (is_exhausted[d] || weights[d] == 0.0) continue;
+        const double weight = weights[d] / total;
+        auto turn = std::find_if(turns.begin(), turns.end(), [=](const Turn& t) { return t.weight == weight; });
+        if (turn == turns.end()) {
+            turn = turns.insert(turn, Turn{});
+            turn->weight = weight;
+        }
+        turn->datasets.push_back(static_cast<std::uint16_t>(d));
+    }
+    return turns;
+}
+
+// The turn with the largest deficit after `num_served` samples; of equal ones that whose dataset comes first.
+Turn& most_in_arrears(std::vector<Turn>& turns, std::int64_t num_served) {
+    const double served = static_cast<double>(std::max<std::int64_t>(num_served, 1));
+    Turn* best = &turns.front();
+    double largest = best->weight * served - best->rounds;
+    for (std::size_t i = 1; i < turns.size(); ++i) {
+        const double deficit = turns[i].weight * served - turns[i].rounds;
+        if (deficit < largest) continue;
+        if (deficit == largest && turns[i].datasets[turns[i].next] > best->datasets[best->next]) continue;
+        largest = deficit;
+        best = &turns[i];
+    }
+    return *best;
+}
+
+py::tuple build_blend_index(const std::vector<double>& weights, const std::vector<std::int64_t>& limits,
+                            std::int64_t num_samples) {
+    if (weights.empty() || weights.size() > std::numeric_limits<std::uint16_t>::max()) {
+        throw std::invalid_argument(std::to_string(weights.size()) + " datasets are not in [1, 65535]");
+    }
+    if (limits.size() != weights.size()) {
+        throw std::invalid_argument(std::to_string(limits.size()) + " limits for " + std::to_string(weights.size()) +
+                                    " datasets");
+    }
+    std::int64_t room = 0;  // samples that all limits allow, counted up to num_samples
+    for (std::size_t d = 0; d < weights.size(); ++d) {
+        if (!(weights[d] >= 0.0 && weights[d] <= std::numeric_limits<double>::max())) {
+            throw std::invalid_argument("weight " + std::to_string(weights[d]) + " is not a share");
+        }
+        if (weights[d] > 0.0) room += std::min(std::max<std::int64_t>(limits[d], 0), num_samples - room);
+    }
+    if (num_samples < 0 || room < num_samples) {
+        throw std::invalid_argument(std::to_string(num_samples) + " samples are not in [0, " + std::to_string(room) +
+                                    "], which is what the limits allow");
+    }
+    py::array_t<std::uint16_t> dataset_index(num_samples);
+    py::array_t<std::int64_t> sample_index(num_samples);
+    std::uint16_t* dataset = dataset_index.mutable_data();
+    std::int64_t* sample = sample_index.mutable_data();
+    {
+        py::gil_scoped_release release;
+        std::vector<std::int64_t> counts(weights.size(), 0);
+        std::vector<bool> is_exhausted(weights.size(), false);
+        for (std::size_t d = 0; d < weights.size(); ++d) is_exhausted[d] = limits[d] <= 0;
+        std::int64_t done = 0;
+        while (done < num_samples) {  // once more for each dataset that reaches its limit
+            std::vector<Turn> turns = turns_of(weights, is_exhausted);
+            const std::int64_t start = done;
+            for (bool is_changed = false; done < num_samples && !is_changed; ++done) {
+                Turn& turn = most_in_arrears(turns, done - start);
+                const std::uint16_t chosen = turn.datasets[turn.next];
+                dataset[done] = chosen;
+                sample[done] = counts[chosen]++;
+                if (++turn.next == turn.datasets.size()) {
+                    turn.next = 0;
+                    turn.rounds += 1.0;
+                }
+                is_changed = is_exhausted[chosen] = counts[chosen] == limits[chosen];
+            }
+        }
+    }
+    return py::make_tuple(dataset_index, sample_index);
+}
+
+// Copies tokens [offset, ...) of the first sequence up to tokens [..., stop) of the last into `out`, whole ones between
+// them, and notes where a sequence begins.
+template <typename Token>
+std::int64_t copy_span(const View<Token>& tokens, const View<std::int64_t>& pointers, const Int32View& lengths,
+                       const Int32View& sequences, std::int64_t offset, std::int64_t stop, std::int64_t* out,
+                       std::int64_t room, std::int32_t* starts, std::int64_t* num_starts) {
+    std::int64_t filled = 0;
+    for (std::int64_t i = 0; i < sequences.size; ++i, offset = 0) {
+        const std::int32_t sequence = sequences[i];
+        if (sequence < 0 || sequence >= lengths.size) {
+            throw std::out_of_range("sequence " + std::to_string(sequence) + " of " + std::to_string(lengths.size));
+        }
+        const std::int64_t end = i + 1 == sequences.size ? stop : lengths[sequence];
+        const std::int64_t first = pointers[sequence] / static_cast<std::int64_t>(sizeof(Token)) + offset;
+        const std::int64_t count = end - offset;
+        if (offset < 0 || count < 0 || end > lengths[sequence] || first < 0 || first + count > tokens.size ||
+            filled + count > room) {
+            throw std::out_of_range("tokens " + std::to_string(offset) + " to " + std::to_string(end) +
+                                    " of sequence " + std::to_string(sequence));
+        }
+        if (count > 0) starts[(*num_starts)++] = static_cast<std::int32_t>(filled);
+        for (std::int64_t t = 0; t < count; ++t) out[filled + t] = static_cast<std::int64_t>(tokens[first + t]);
+        filled += count;
+    }
+    return filled;
+}
+
+template <typename Token>
+py::tuple read_span_as(const py::array& tokens, const py::array& pointers, const py::array& lengths,
+                       const py::array& sequences, std::int64_t offset, std::int64_t stop, std::int64_t size) {
+    const View<Token> tokens_view(tokens, "tokens");
+    const View<std::int64_t> pointers_view(pointers, "pointers");
+    const Int32View lengths_view(lengths, "lengths");
+    const Int32View sequences_view(sequences, "sequences");
+    if (pointers_view.size != lengths_view.size || size < 0) {
+        throw std::invalid_argument("pointers and lengths of " + std::to_string(pointers_view.size) + " and " +
+                                    std::to_string(lengths_view.size) + " sequences, " + std::to_string(size) +
+                                    " tokens");
+    }
+    py::array_t<std::int64_t> out(size);
+    std::vector<std::int32_t> starts(static_cast<std::size_t>(std::min(sequences_view.size, size)));
+    std::int64_t num_starts = 0;
+    const std::int64_t filled = copy_span<Token>(tokens_view, pointers_view, lengths_view, sequences_view, offset, stop,
+                                                 out.mutable_data(), size, starts.data(), &num_starts);
+    std::fill(out.mutable_data() + filled, out.mutable_data() + size, 0);
+    return py::make_tuple(out, filled, py::array_t<std::int32_t>(num_starts, starts.data()));
+}
+
+py::tuple read_span(const py::array& tokens, const py::array& pointers, const py::array& lengths,
+                    const py::array& sequences, std::int64_t offset, std::int64_t stop, std::int64_t size) {
+    const auto read = [&](auto token) {
+        return read_span_as<decltype(token)>(tokens, pointers, lengths, sequences, offset, stop, size);
+    };
+    const char kind = tokens.dtype().kind();
+    switch (tokens.dtype().itemsize()) {
+        case 1: return kind == 'u' ? read(std::uint8_t{}) : read(std::int8_t{});
+        case 2: return kind == 'u' ? read(std::uint16_t{}) : read(std::int16_t{});
+        case 4: return read(std::int32_t{});
+        default: return read(std::int64_t{});
+    }
+}
+
 }  // namespace
 
 PYBIND11_MODULE(helpers, module) {
@@ -140,4 +310,16 @@ sizes: int32 [n], tokens per document. document_index: int32 [m], the documents 
 hold num_tokens tokens. Sample k is sequence_length + 1 tokens from row k up to and including row k + 1; neighbours
 share one token. With drop_last_partial=False a shorter last sample is kept. int32, or int64 with wide=True.
 Releases the GIL. Raises ValueError or IndexError on input that contradicts itself.)");
+    module.def("build_blend_index", &build_blend_index, py::arg("weights"), py::arg("limits"), py::arg("num_samples"),
+               R"(Return which dataset serves each sample, uint16 [n], and which of its samples that is, int64 [n].
+
+Each time the dataset is served that is furthest behind its share, the first of equal ones, which is Megatron-LM's
+order. One that has served its limit is left out from then on, and the shares of the others are counted anew.
+Releases the GIL. Raises ValueError where the limits do not allow num_samples.)");
+    module.def("read_span", &read_span, py::arg("tokens"), py::arg("pointers"), py::arg("lengths"),
+               py::arg("sequences"), py::arg("offset"), py::arg("stop"), py::arg("size"),
+               R"(Return tokens int64 [size], how many are filled (the others are 0), and int32 [k] where sequences begin.
+
+tokens: [t], any integer type. pointers: int64 [n], in bytes. lengths: int32 [n]. sequences: int32 [m], read from
+`offset` of the first to before `stop` of the last. Raises IndexError where they do not lie in tokens or in size.)");
 }

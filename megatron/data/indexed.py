@@ -16,6 +16,7 @@ from typing import IO
 import numpy as np
 import numpy.typing as npt
 
+from megatron.data import helpers
 from megatron.data.index_file import (
     CHUNK_SEQUENCES,
     DTYPE_CODES,
@@ -75,6 +76,16 @@ class IndexedDataset:
             raise IndexError(f"tokens {offset}:{stop} of sequence {index} of {self.prefix}, which has {available}")
         start = int(self._index.sequence_pointers[index]) // self.dtype.itemsize
         return self._tokens[start + offset : start + stop]
+
+    def read_span(self, sequences: np.ndarray, offset: int, stop: int, size: int) -> tuple[np.ndarray, int, np.ndarray]:
+        """Return tokens int64 [size] from `offset` of the first sequence to before `stop` of the last, end to end.
+
+        Also returned are how many are filled (the others are 0), and int32 [k] where sequences begin among them.
+        sequences: int32 [m].
+        """
+        return helpers.read_span(
+            self._tokens, self._index.sequence_pointers, self.sequence_lengths, sequences, offset, stop, size
+        )
 
     @property
     def dtype(self) -> np.dtype:

@@ -7,31 +7,23 @@ from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from megatron.data.gpt import Sample
+from megatron.data.sample import Sample, SampleSource
 from megatron.data.sampler import microbatch_indices
 from megatron.errors import DataError
 
 
-class SampleSource(Protocol):
-    """Random access to samples of one length; `GPTDataset` is one."""
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, index: int, /) -> Sample: ...
-
-
 @dataclass(frozen=True)
 class Batch:
-    """One micro-batch. tokens, labels: int64 [b, s]; loss_mask: float32 [b, s], 1 where the label counts.
+    """One micro-batch. tokens, labels: int64 [b, s]; loss_mask: float32 [b, s], the weight of each label's loss.
 
-    position_ids: int64 [b, s], or None for 0 to s - 1 in every row. index: the number of the micro-batch in the
-    global batch, the same on any data-parallel size; it keys the dropout masks.
+    position_ids: int64 [b, s], or None for 0 to s - 1 in every row. segment_ids: int32 [b, s], the documents that
+    attention must not leave, or None where every row is one text. index: the number of the micro-batch in the global
+    batch, the same on any data-parallel size; it keys the dropout masks.
     """
 
     tokens: Tensor
@@ -39,17 +31,22 @@ class Batch:
     loss_mask: Tensor
     position_ids: Tensor | None
     index: int
+    segment_ids: Tensor | None = None
 
     def to(self, device: torch.device) -> "Batch":
         """Copy to a device; asynchronously where the memory is pinned."""
-        positions = None if self.position_ids is None else self.position_ids.to(device, non_blocking=True)
         return Batch(
             tokens=self.tokens.to(device, non_blocking=True),
             labels=self.labels.to(device, non_blocking=True),
             loss_mask=self.loss_mask.to(device, non_blocking=True),
-            position_ids=positions,
+            position_ids=_to(self.position_ids, device),
             index=self.index,
+            segment_ids=_to(self.segment_ids, device),
         )
+
+
+def _to(tensor: Tensor | None, device: torch.device) -> Tensor | None:
+    return None if tensor is None else tensor.to(device, non_blocking=True)
 
 
 def batches_for_step(
@@ -87,9 +84,16 @@ def _collate(samples: list[Sample], index: int) -> Batch:
         tokens=torch.from_numpy(np.ascontiguousarray(tokens[:, :-1])),
         labels=torch.from_numpy(np.ascontiguousarray(tokens[:, 1:])),
         loss_mask=torch.from_numpy(np.stack([sample.loss_mask for sample in samples])),
-        position_ids=None,
+        position_ids=_stacked([sample.position_ids for sample in samples]),
         index=index,
+        segment_ids=_stacked([sample.segment_ids for sample in samples]),
     )
+
+
+def _stacked(rows: list[np.ndarray | None]) -> Tensor | None:
+    """None where no sample has a row; all samples of a dataset are alike in this."""
+    given = [row for row in rows if row is not None]
+    return torch.from_numpy(np.stack(given)) if given else None
 
 
 class StepLoader:
