@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import io
 import pickletools
+import threading
 import zipfile
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
@@ -107,6 +108,12 @@ def _member(owner: type[StandIn], name: str) -> StandIn:
     return owner(name)
 
 
+class _Allowing:
+    """torch keeps the names it allows for the whole process: threads would take them from each other."""
+
+    lock = threading.Lock()
+
+
 def read_torch_file(path: Path) -> Any:
     """What torch.save wrote to `path`, with tensors on the CPU.
 
@@ -119,7 +126,7 @@ def read_torch_file(path: Path) -> Any:
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror or error}.") from error
     allowed = _allowed_globals(names)
-    with torch.serialization.safe_globals([(value, name) for name, value in allowed.items()]):
+    with _Allowing.lock, torch.serialization.safe_globals([(value, name) for name, value in allowed.items()]):
         refused = sorted(names - allowed.keys() - _torch_names())
         if refused:
             raise CheckpointError(

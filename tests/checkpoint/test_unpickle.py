@@ -12,6 +12,7 @@ import re
 import sys
 import types
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -136,6 +137,13 @@ def test_reading_leaves_the_allow_list_of_the_process_as_it_was(tmp_path):
     torch.save({"args": argparse.Namespace(a=1)}, tmp_path / "a.pt")
     read_torch_file(tmp_path / "a.pt")
     assert torch.serialization.get_safe_globals() == before
+
+
+def test_threads_read_at_once(tmp_path):
+    torch.save({"args": argparse.Namespace(a=1), "kind": np.int64(3)}, tmp_path / "a.pt")
+    with ThreadPoolExecutor(8) as pool:
+        for read in pool.map(read_torch_file, [tmp_path / "a.pt"] * 64):
+            assert (read["args"].a, read["kind"]) == (1, 3)
 
 
 def test_tensors_of_a_zip_file_are_mapped_and_not_read(tmp_path):

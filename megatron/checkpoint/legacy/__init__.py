@@ -7,5 +7,6 @@ means, `tensors` which rows of which stored tensor a logical one is made of. `so
 
 from megatron.checkpoint.legacy.source import LegacySource
 from megatron.checkpoint.legacy.tree import is_legacy_tree
+from megatron.checkpoint.legacy.writer import LegacyTreePlan, plan_legacy_tree, write_legacy_tree
 
-__all__ = ["LegacySource", "is_legacy_tree"]
+__all__ = ["LegacySource", "LegacyTreePlan", "is_legacy_tree", "plan_legacy_tree", "write_legacy_tree"]

@@ -6,6 +6,7 @@ can be seen in the tensors themselves (biases, an own head) is taken from there.
 
 from __future__ import annotations
 
+import dataclasses
 from argparse import Namespace
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from typing import Any, Final
 
 from megatron.checkpoint.legacy.conventions import Conventions, QkvOrder
 from megatron.checkpoint.legacy.keys import HEAD, layer_key
+from megatron.checkpoint.legacy.recording import recorded_model
 from megatron.checkpoint.unpickle import StandIn
 from megatron.errors import CheckpointError, ConfigError
 from megatron.model.config import ModelConfig, RopeScaling
@@ -70,6 +72,8 @@ class Recorded:
 
     def model_config(self, keys: Collection[str], vocab_size: int) -> ModelConfig:
         """The model, `keys` being those of its tensors. Raises CheckpointError naming what is absent or unsupported."""
+        if recorded := recorded_model(self.args, self.where):
+            return dataclasses.replace(recorded, vocab_size=vocab_size)
         self._check_supported()
         try:
             model = ModelConfig(

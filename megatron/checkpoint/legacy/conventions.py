@@ -37,9 +37,15 @@ def qkv_rows(model: ModelConfig, part: Literal["q", "k", "v"], conventions: Conv
         rows = torch.cat([torch.arange(run.fused_row, run.fused_row + run.num_rows) for run in ordered])
     else:
         rows = _old_rows(model.num_attention_heads, head_dim, "qkv".index(part), conventions.qkv, tp)
-    if part == "v" or not conventions.rotary_pairs or model.position_embedding_type != "rotary":
+    return rows if part == "v" else rows.unflatten(0, (-1, head_dim))[:, head_rows(model, conventions)].flatten()
+
+
+def head_rows(model: ModelConfig, conventions: Conventions) -> Tensor:
+    """[dimensions of a query's or key's head] -> where each lies among those of the stored head."""
+    rows = torch.arange(model.kv_channels)
+    if not conventions.rotary_pairs or model.position_embedding_type != "rotary":
         return rows
-    return rows.unflatten(0, (-1, head_dim // 2, 2)).transpose(1, 2).flatten()
+    return rows.unflatten(0, (-1, 2)).t().flatten()
 
 
 def gated_rows(model: ModelConfig, part: Literal["gate", "up"], conventions: Conventions, tp: int) -> Tensor:

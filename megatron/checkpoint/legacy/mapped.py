@@ -14,19 +14,20 @@ _MAPPED_BYTES: Final = 64 * 2**20
 class MappedFiles:
     """Opens files when they are asked for, and closes all when `_MAPPED_BYTES` of them have been read.
 
-    Pages that were read count as memory of this process until the file is closed.
+    Pages that were read count as memory of this process until the file is closed. Threads may share one.
     """
 
     def __init__(self, tree: Tree):
         self._tree = tree
         self._open: dict[tuple[int, int], list[dict[str, Tensor]]] = {}
-        self._num_read = 0
+        self._num_read_bytes = 0
 
     def tensor(self, rank: tuple[int, int], chunk: int, key: str, num_bytes: int) -> Tensor:
         """A tensor of the (pipeline rank, tensor rank)'s file, of which `num_bytes` will be read."""
-        if self._num_read > _MAPPED_BYTES:
-            self._open, self._num_read = {}, 0
-        if rank not in self._open:
-            self._open[rank] = chunks_of(read_rank(self._tree.files[rank]))
-        self._num_read += num_bytes
-        return self._open[rank][chunk][key]
+        if self._num_read_bytes > _MAPPED_BYTES:
+            self._open, self._num_read_bytes = {}, 0
+        opened = self._open  # another thread may begin anew at any moment
+        if rank not in opened:
+            opened[rank] = chunks_of(read_rank(self._tree.files[rank]))
+        self._num_read_bytes += num_bytes
+        return opened[rank][chunk][key]

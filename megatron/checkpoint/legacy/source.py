@@ -10,6 +10,7 @@ from torch import Tensor
 
 from megatron.checkpoint.legacy.inventory import Place, take_inventory
 from megatron.checkpoint.legacy.mapped import MappedFiles
+from megatron.checkpoint.legacy.recording import CARRIED_ARGUMENT
 from megatron.checkpoint.legacy.tensors import TreeModel
 from megatron.checkpoint.legacy.tree import find_tree
 from megatron.checkpoint.source import MODEL, RunState, TokenizerIdentity
@@ -83,14 +84,16 @@ class LegacySource:
 
     def state(self) -> RunState | None:
         """None for a release. Samples are counted alike; the order they are drawn in is this project's own."""
+        args = self._recorded.args
+        carried = getattr(args, CARRIED_ARGUMENT, None) or {}
         if self._tree.iteration is None:
-            return None
-        consumed = getattr(self._recorded.args, "consumed_train_samples", 0)
-        seed = getattr(self._recorded.args, "seed", None)
+            return RunState(iteration=0, config=carried) if carried else None
+        consumed, seed = getattr(args, "consumed_train_samples", 0), getattr(args, "seed", None)
         return RunState(
             iteration=self._tree.iteration,
             consumed_samples=consumed if isinstance(consumed, int) else 0,
             seed=seed if isinstance(seed, int) else None,
+            config=carried,
         )
 
     def _read_rows(self, place: Place, rows: Tensor, columns: tuple[slice, ...]) -> Tensor:

@@ -11,7 +11,7 @@ from typing import Literal
 
 from torch import Tensor
 
-from megatron.checkpoint.legacy.conventions import Conventions, gated_rows, qkv_rows
+from megatron.checkpoint.legacy.conventions import Conventions, gated_rows, head_rows, qkv_rows
 from megatron.checkpoint.legacy.keys import EMBEDDING, HEAD, HEAD_COPY, layer_key
 from megatron.model.config import ModelConfig
 
@@ -99,9 +99,10 @@ class TreeModel:
                 key = layer_key(local, f"self_attention.query_key_value.{leaf}")
                 yield StoredTensor(key, "rows", ((heads + 2 * heads_kv) * d, *tail), parts)
         if model.qk_layernorm:
+            rows = head_rows(model, self.conventions)
             for part in ("q", "k"):
                 key = layer_key(local, f"self_attention.{part}_layernorm.weight")
-                yield StoredTensor(key, "copies", (d,), (Part(f"{layer}.attention.{part}_norm.weight"),))
+                yield StoredTensor(key, "copies", (d,), (Part(f"{layer}.attention.{part}_norm.weight", rows),))
         yield from self._row_parallel(
             layer_key(local, "self_attention.dense"),
             f"{layer}.attention.output",

@@ -1,0 +1,255 @@
+"""Any source -> a tree that Megatron-LLM loads: weights, and the arguments that describe them."""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import shutil
+import uuid
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron.checkpoint.commit import check_room, check_save_folder, sweep
+from megatron.checkpoint.durable import STAGING_PREFIX, sync_folder
+from megatron.checkpoint.legacy.conventions import Conventions
+from megatron.checkpoint.legacy.keys import nested
+from megatron.checkpoint.legacy.recording import arguments_of, beyond_megatron_llm
+from megatron.checkpoint.legacy.tensors import Chunk, Part, StoredTensor, TreeModel
+from megatron.checkpoint.legacy.tree import MODEL_FILES, RELEASE, rank_name
+from megatron.checkpoint.locate import TRACKER_FILE, iteration_folder, list_iterations
+from megatron.checkpoint.ownership import owned
+from megatron.checkpoint.source import MODEL, Source, row_chunks
+from megatron.core.layout import ParallelLayout
+from megatron.errors import CheckpointError, ConfigError
+from megatron.model.config import ModelConfig
+
+logger = logging.getLogger(__name__)
+
+_VERSION = 3.0
+_MAX_LISTED = 8
+
+
+@dataclass(frozen=True)
+class LegacyTreePlan:
+    """What will be written. Made by `plan_legacy_tree`, done by `write_legacy_tree`. `name` is that of its folder."""
+
+    source: Source
+    layout: ParallelLayout
+    num_chunks: int
+    stored_as: TreeModel
+    vocabulary_multiple: int
+    weights_dtype: torch.dtype | None
+
+    @property
+    def name(self) -> str:
+        state = self.source.state()
+        return RELEASE if state is None or state.iteration == 0 else iteration_folder(Path(), state.iteration).name
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(
+            math.prod(stored.local_shape(self.layout.tp)) * self.layout.tp * self.dtype(stored).itemsize
+            for p in range(self.layout.pp)
+            for chunk in self.chunks(p)
+            for stored in self.stored_as.tensors(chunk)
+        )
+
+    def chunks(self, pipeline_rank: int) -> list[Chunk]:
+        """Those of one pipeline rank. As in the programs that load it, all chunks have as many layers."""
+        num_stages = self.layout.pp * self.num_chunks
+        size = self.stored_as.model.num_layers // num_stages
+        stages = range(pipeline_rank, num_stages, self.layout.pp)
+        return [Chunk(range(s * size, (s + 1) * size), s == 0, s == num_stages - 1) for s in stages]
+
+    def dtype(self, stored: StoredTensor) -> torch.dtype:
+        return self.weights_dtype or self.source.dtype(f"{MODEL}.{stored.parts[0].name}")
+
+
+def plan_legacy_tree(
+    source: Source,
+    layout: ParallelLayout,
+    *,
+    num_chunks: int = 1,
+    weights_dtype: torch.dtype | None = None,
+    vocabulary_multiple: int = 128,
+) -> LegacyTreePlan:
+    """Decides what each rank gets; reads names and shapes only.
+
+    Raises ConfigError where the model cannot be cut so, and CheckpointError unless the source holds all of it.
+    """
+    model = source.model_config()
+    _check_layout(model, layout, num_chunks)
+    multiple = vocabulary_multiple * layout.tp
+    padded = -(-model.vocab_size // multiple) * multiple
+    stored_as = TreeModel(model, Conventions(rotary_pairs=True, gate_first=False), layout.tp, padded)
+    plan = LegacyTreePlan(source, layout, num_chunks, stored_as, vocabulary_multiple, weights_dtype)
+    _check_complete(plan)
+    return plan
+
+
+def write_legacy_tree(plan: LegacyTreePlan, root: Path, *, on_bytes: Callable[[int], object] = lambda _: None) -> Path:
+    """Writes the planned tree as ``root/release``, or as the source's iteration if it has one; returns its folder.
+
+    It appears whole or not at all, and the tracker moves last. Memory: the tensors of one rank at a time, because
+    torch.save takes them all at once. Only weights are written: what else the source holds, and what Megatron-LLM
+    would not compute, is logged.
+    """
+    for note in _notes(plan):
+        logger.warning(note)
+    check_save_folder(root)
+    final = root / plan.name
+    _check_free(root, final)
+    with owned(root):
+        sweep(root)
+        check_room(root, plan.num_bytes)
+        staging = root / f"{STAGING_PREFIX}{uuid.uuid4().hex}"
+        try:
+            for p in range(plan.layout.pp):
+                for t in range(plan.layout.tp):
+                    _write_rank(plan, staging / rank_name(p, t, plan.layout.pp), p, t, on_bytes)
+            sync_folder(staging)
+            staging.rename(final)
+        except BaseException:
+            shutil.rmtree(staging, ignore_errors=True)
+            raise
+        sync_folder(root)
+        _write_tracker(root, "release" if plan.name == RELEASE else str(int(plan.name.removeprefix("iter_"))))
+    return final
+
+
+def _write_rank(plan: LegacyTreePlan, folder: Path, p: int, t: int, on_bytes: Callable[[int], object]) -> None:
+    folder.mkdir(parents=True)
+    models = []
+    for chunk in plan.chunks(p):
+        tensors = {}
+        for stored in plan.stored_as.tensors(chunk):
+            tensors[stored.key] = _share(plan, stored, t)
+            on_bytes(tensors[stored.key].nbytes)
+        models.append(nested(tensors))
+    names = ["model"] if len(models) == 1 else [f"model{i}" for i in range(len(models))]
+    state: dict[str, Any] = {
+        "args": arguments_of(
+            plan.source,
+            plan.layout,
+            num_chunks=plan.num_chunks,
+            padded_vocab_size=plan.stored_as.padded_vocab_size,
+            vocabulary_multiple=plan.vocabulary_multiple,
+            dtype=plan.weights_dtype or plan.source.dtype(f"{MODEL}.embedding.word.weight"),
+        ),
+        "checkpoint_version": _VERSION,
+        "iteration": RELEASE if plan.name == RELEASE else int(plan.name.removeprefix("iter_")),
+        **dict(zip(names, models, strict=True)),
+    }
+    try:
+        with (folder / MODEL_FILES[0]).open("wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        raise CheckpointError(f"{folder} cannot be written ({error.strerror}); nothing of it stays.") from error
+    sync_folder(folder)
+
+
+def _share(plan: LegacyTreePlan, stored: StoredTensor, t: int) -> Tensor:
+    """What tensor rank `t` holds of a tensor."""
+    share = torch.empty(stored.local_shape(plan.layout.tp), dtype=plan.dtype(stored))
+    for part in stored.parts:
+        if stored.cut == "rows":
+            _fill_rows(plan.source, stored, part, share, t)
+        else:
+            start = (0,) * (share.ndim - 1) + (t * share.shape[-1] if stored.cut == "columns" else 0,)
+            target = torch.arange(share.shape[0]) if part.rows is None else part.rows
+            _copy(plan.source, part, start, tuple(share.shape), share, target)
+    return share
+
+
+def _fill_rows(source: Source, stored: StoredTensor, part: Part, share: Tensor, t: int) -> None:
+    shape = source.shape(f"{MODEL}.{part.name}")
+    rows = torch.arange(shape[0]) if part.rows is None else part.rows
+    here = (rows // len(share) == t).nonzero().squeeze(1)
+    if len(here):
+        first, num_rows = int(here[0]), len(here)
+        assert int(here[-1]) == first + num_rows - 1, "a rank holds neighbouring rows of each logical tensor"
+        origin = (first,) + (0,) * (len(shape) - 1)
+        _copy(source, part, origin, (num_rows, *shape[1:]), share, rows[here] - t * len(share))
+    if part.rows is None and stored.shape[0] > shape[0]:
+        # Padding repeats the last token, as Megatron-LLM's own tool does: its softmax runs over padding too.
+        padding = max(0, shape[0] - t * len(share))
+        last = source.read(f"{MODEL}.{part.name}", (shape[0] - 1, 0), (1, shape[1]))
+        share[padding:] = last.to(share.dtype)
+
+
+def _copy(
+    source: Source, part: Part, start: tuple[int, ...], size: tuple[int, ...], share: Tensor, target: Tensor
+) -> None:
+    """The rectangle ``start, size`` of a logical tensor -> the rows `target` of a rank's share, some at a time."""
+    row = 0
+    for rows in row_chunks(source, f"{MODEL}.{part.name}", start, size):
+        share[target[row : row + len(rows)]] = rows.to(share.dtype)
+        row += len(rows)
+
+
+def _check_layout(model: ModelConfig, layout: ParallelLayout, num_chunks: int) -> None:
+    for name in ("num_attention_heads_kv", "ffn_hidden_size"):
+        if getattr(model, name) % layout.tp:
+            raise ConfigError(
+                f"--target_tensor_parallel_size {layout.tp}: Megatron-LLM cannot cut {name} "
+                f"{getattr(model, name)} so; use a divisor of it."
+            )
+    if model.num_layers % (layout.pp * num_chunks):
+        virtual = f" of {num_chunks} virtual stages each" if num_chunks > 1 else ""
+        raise ConfigError(
+            f"--target_pipeline_parallel_size {layout.pp}: Megatron-LLM's pipeline ranks{virtual} have equally many "
+            f"layers, and {model.num_layers} cannot be dealt out so; use a divisor."
+        )
+
+
+def _check_complete(plan: LegacyTreePlan) -> None:
+    chunks = [chunk for p in range(plan.layout.pp) for chunk in plan.chunks(p)]
+    parts = (part for chunk in chunks for stored in plan.stored_as.tensors(chunk) for part in stored.parts)
+    expected = {f"{MODEL}.{part.name}" for part in parts}
+    stored = {name for name in plan.source.names() if name.startswith(f"{MODEL}.")}
+    problems = [f"{name} is missing" for name in sorted(expected - stored)]
+    problems += [f"{name} has no place in a tree" for name in sorted(stored - expected)]
+    if problems:
+        more = f"; and {len(problems) - _MAX_LISTED} more" if len(problems) > _MAX_LISTED else ""
+        raise CheckpointError(
+            f"{plan.source.path} cannot be a tree of Megatron-LLM: {'; '.join(problems[:_MAX_LISTED])}{more}. "
+            "Use a complete checkpoint of a decoder model."
+        )
+
+
+def _check_free(root: Path, final: Path) -> None:
+    if list_iterations(root):
+        raise CheckpointError(
+            f"{root} holds checkpoints of this project, whose tracker the tree would take over; "
+            "write it to a folder of its own."
+        )
+    if final.exists():
+        raise CheckpointError(f"{final} exists already; remove it, or write to another folder.")
+
+
+def _notes(plan: LegacyTreePlan) -> Iterator[str]:
+    if any(not name.startswith(f"{MODEL}.") for name in plan.source.names()):
+        yield f"{plan.name} holds weights only: the optimizer's state in {plan.source.path} is not written"
+    if beyond := beyond_megatron_llm(plan.stored_as.model):
+        yield (
+            f"{plan.name} is read back here as it is, but Megatron-LLM itself does not compute this model: "
+            f"it does not know {', '.join(beyond)}"
+        )
+
+
+def _write_tracker(root: Path, text: str) -> None:
+    temporary = root / f"{STAGING_PREFIX}tracker-{uuid.uuid4().hex}"
+    with temporary.open("w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(root / TRACKER_FILE)
+    sync_folder(root)
