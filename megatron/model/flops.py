@@ -21,13 +21,20 @@ def num_parameters(config: ModelConfig) -> int:
 
 
 def flops_per_token(config: ModelConfig, seq_length: int) -> float:
-    """Forward and backward operations per token, causal attention counted at half (Chowdhery et al. 2022, appendix B).
+    """Forward and backward operations per token (Chowdhery et al. 2022, appendix B).
 
-    6 per matmul parameter, and per layer 6 * s * n * d for the two attention products.
+    6 per matmul parameter, and per layer 12 * n * d for each key that a token sees, on average: half of the sequence
+    (with attention to the past), less with a window.
     """
     matmul = config.num_layers * _matmul_parameters_of_layer(config) + config.vocab_size * config.hidden_size
-    attention = config.num_layers * seq_length * config.num_attention_heads * config.kv_channels
-    return 6.0 * (matmul + attention)
+    attention = config.num_layers * _keys_seen(config, seq_length) * config.num_attention_heads * config.kv_channels
+    return 6.0 * matmul + 12.0 * attention
+
+
+def _keys_seen(config: ModelConfig, seq_length: int) -> float:
+    """By a token on average, in the limit of many tokens."""
+    window = min(config.sliding_window_size or seq_length, seq_length)
+    return window - window**2 / (2 * seq_length)
 
 
 def _matmul_parameters_of_layer(config: ModelConfig) -> int:

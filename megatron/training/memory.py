@@ -128,14 +128,14 @@ def layer_bytes(run: RunConfig) -> int:
     """
     model, t, c = run.model, run.layout.tp, _compute_bytes(run)
     heads, kv_heads = model.num_attention_heads, max(model.num_attention_heads_kv, t)
-    # v is a view of the fused projection's output and keeps all of it; q and k are a second, rotated copy.
-    qkv = (heads + 2 * kv_heads) * model.kv_channels
-    rotated = (heads + kv_heads) * model.kv_channels if model.position_embedding_type == "rotary" else 0
-    context = heads * model.kv_channels
-    dropouts = 2 * model.hidden_size if model.hidden_dropout else 0  # masks of one byte
-    in_sequence_shards = 2 * _norm_bytes(run) + dropouts
-    log_sum_exp = 0 if run.parallel.recompute_granularity == "selective" else 4 * heads  # fp32
-    in_tensor_shards = c * (qkv + rotated + context + _mlp_width(run)) + log_sum_exp
+    is_core_kept = run.parallel.recompute_granularity != "selective"
+    attention = _attention_width(run, heads, kv_heads, has_band=is_core_kept and _has_band(run)) * model.kv_channels
+    num_dropouts = 1 if model.parallel_attn else 2
+    dropouts = num_dropouts * model.hidden_size if model.hidden_dropout else 0  # masks of one byte
+    in_sequence_shards = _norms_of_layer_bytes(run) + dropouts
+    per_head = 4 * heads if is_core_kept else 0  # the log-sum-exp, fp32
+    per_head += 4 * (heads + kv_heads) if model.qk_layernorm else 0  # the scale, fp32
+    in_tensor_shards = c * (attention + _mlp_width(run)) + per_head
     return _tokens(run) * in_sequence_shards // _sequence_shards(run) + _tokens(run) * in_tensor_shards // t
 
 
@@ -203,6 +203,35 @@ def _norm_bytes(run: RunConfig) -> int:
     """Per token, a norm and the input of the linear behind it: x (LayerNorm: in fp32), and the normed one."""
     c = _compute_bytes(run)
     return run.model.hidden_size * ((c if run.model.use_rms_norm else 4) + c)
+
+
+def _has_band(run: RunConfig) -> bool:
+    window = run.model.sliding_window_size
+    return window is not None and window < run.data.seq_length
+
+
+def _attention_width(run: RunConfig, heads: int, kv_heads: int, *, has_band: bool) -> int:
+    """Heads per token that attention keeps: of the fused projection, of queries and keys as rotated, of the context."""
+    is_rotary, is_grouped = run.model.position_embedding_type == "rotary", heads != kv_heads
+    if not has_band:
+        # v is a view of the fused projection's output and keeps all of it; q and k are a second, rotated copy.
+        return heads + 2 * kv_heads + (heads + kv_heads if is_rotary else 0) + heads
+    # The context in blocks and joined. Key and value heads are repeated for their queries, and then only the norms
+    # of heads keep the projection, and only where both are in one tensor do rotated queries keep the keys.
+    projection = heads + 2 * kv_heads if not (is_grouped and is_rotary) or run.model.qk_layernorm else 0
+    rotated_keys = 0 if is_grouped and run.model.qk_layernorm else kv_heads
+    rotated = heads + rotated_keys if is_rotary else 0
+    return projection + rotated + (2 * heads if is_grouped else 0) + 2 * heads
+
+
+def _norms_of_layer_bytes(run: RunConfig) -> int:
+    """Side by side, attention and MLP have one input, or, with two norms, two of one x."""
+    if not run.model.parallel_attn:
+        return 2 * _norm_bytes(run)
+    if not run.model.parallel_layernorm:
+        return _norm_bytes(run)
+    has_own_copy = run.training.bf16 and not run.model.use_rms_norm
+    return 2 * _norm_bytes(run) - (0 if has_own_copy else _compute_bytes(run) * run.model.hidden_size)
 
 
 def _mlp_width(run: RunConfig) -> int:

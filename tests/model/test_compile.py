@@ -43,12 +43,27 @@ def test_a_compiled_stage_computes_what_the_eager_one_does(dtype, tolerance):
         assert (actual - expected).abs().max() <= tolerance * expected.abs().max()
 
 
-def test_layer_norm_and_biases_compile_too():
-    config = tiny_config(num_layers=1, vocab_size=64, use_rms_norm=False, qkv_bias=True, glu_activation="geglu")
+OTHERS = {
+    "layer norm and biases": {"use_rms_norm": False, "qkv_bias": True, "glu_activation": "geglu"},
+    "head norms, 1 + weight": {
+        "num_attention_heads_kv": 8,  # queries and keys of one shape need one graph
+        "qk_layernorm": True,
+        "apply_layernorm_1p": True,
+        "scale_embeddings": True,
+        "glu_activation": "geglu_tanh",
+        "sliding_window_size": 3,
+    },
+    "side by side": {"use_rms_norm": False, "glu_activation": None, "parallel_attn": True, "parallel_layernorm": True},
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_what_other_families_have_compiles_too(name):
+    config = tiny_config(num_layers=1, vocab_size=64, **OTHERS[name])
     tokens = tokens_of(1, config.vocab_size)
-    stages = [stage_of(config, torch.float64, compile=compile) for compile in (False, True)]
-    expected, actual = (stage(tokens, SEQ_LENGTH) for stage in stages)
-    torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
+    eager, compiled = (gradients(stage_of(config, torch.float64, compile=compile), tokens) for compile in (False, True))
+    for expected, actual in zip(eager, compiled, strict=True):
+        assert (actual - expected).abs().max() <= 1e-12 * expected.abs().max()
 
 
 def sharded_losses(compile):

@@ -114,6 +114,17 @@ ARCHITECTURES = {
     "liglu": {"glu_activation": "liglu"},
     "gpt": {"use_rms_norm": False, "glu_activation": False, "position_embedding_type": "absolute"},
     "dropout": {"hidden_dropout": 0.1},
+    "parallel": {"parallel_attn": None, "hidden_dropout": 0.1},
+    "parallel, two norms": {"parallel_attn": None, "parallel_layernorm": None},
+    "falcon": {"use_rms_norm": False, "glu_activation": False, "parallel_attn": None, "parallel_layernorm": None},
+    "qk-norm": {"qk_layernorm": None},
+    "1 + weight": {"apply_layernorm_1p": None, "glu_activation": "geglu_tanh"},
+    "window": {"sliding_window_size": 32},
+    "window, multi-head": {"sliding_window_size": 32, "num_attention_heads_kv": 4},
+    "window, qk-norm": {"sliding_window_size": 32, "qk_layernorm": None},
+    "window, positions": {"sliding_window_size": 32, "position_embedding_type": "absolute"},
+    "window, gqa": {"sliding_window_size": 32, "num_attention_heads_kv": 1},
+    "window, selective": {"sliding_window_size": 32, "recompute_granularity": "selective"},
     "selective": {"recompute_granularity": "selective"},
 }
 
