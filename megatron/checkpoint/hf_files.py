@@ -6,6 +6,7 @@ Opening reads headers only; slices are read when they are asked for.
 from __future__ import annotations
 
 import json
+import math
 import zipfile
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,8 +17,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from megatron.checkpoint.container import DTYPE_NAMES
-from megatron.checkpoint.unpickle import read_torch_file
+from megatron.checkpoint.container import DTYPE_NAMES, DTYPES
+from megatron.checkpoint.torch_files import TorchFile
 from megatron.errors import CheckpointError
 
 WEIGHTS_FILE: Final = "model.safetensors"
@@ -27,8 +28,9 @@ PICKLED_INDEX_FILE: Final = "pytorch_model.bin.index.json"
 
 _PICKLED: Final = ".bin"
 _MAX_LISTED = 8
-# After so many bytes a mapped file is opened anew: the pages that were read count as memory of this process.
+# The pages of a mapped file that were touched count as memory of this process until it is opened anew.
 _MAX_MAPPED_BYTES = 64 * 2**20
+_MAX_SPANNED_BYTES = 16 * 2**20
 
 
 @dataclass(frozen=True)
@@ -42,55 +44,55 @@ class FileTensor:
 
 
 class WeightFiles:
-    """All tensors of a folder by name, and slices of them.
+    """All tensors of a folder by name, and slices of them. Threads may share one.
 
     Raises CheckpointError naming the file, and the tensor, where the folder is incomplete or a file is damaged.
     """
 
     def __init__(self, path: Path):
         self.tensors: Mapping[str, FileTensor] = _open_weights(path)
-        self._pickled: _PickledFile | None = None
+        self._pickled: dict[Path, TorchFile] = {}
+        self._num_mapped_bytes = 0
 
     def read(self, name: str, start: Sequence[int], size: Sequence[int]) -> Tensor:
         """A rectangle of a tensor, new and contiguous."""
         tensor = self.tensors[name]
-        slices = tuple(slice(a, a + n) for a, n in zip(start, size, strict=True))
+        row_bytes = math.prod(tensor.shape[1:]) * DTYPES[tensor.dtype].itemsize
+        step = max(1, _MAX_SPANNED_BYTES // row_bytes)
+        # Whole rows are as many as the caller wants to hold; parts of rows touch the pages of all between them.
+        if tuple(size[1:]) == tensor.shape[1:] or size[0] <= step:
+            return self._read_slice(tensor, start, size, row_bytes)
+        part = torch.empty(tuple(size), dtype=DTYPES[tensor.dtype])
+        for row in range(0, size[0], step):
+            place, extent = (start[0] + row, *start[1:]), (min(step, size[0] - row), *size[1:])
+            part[row : row + step] = self._read_slice(tensor, place, extent, row_bytes)
+        return part
+
+    def _read_slice(self, tensor: FileTensor, start: Sequence[int], size: Sequence[int], row_bytes: int) -> Tensor:
         if tensor.file.suffix == _PICKLED:
-            return self._opened(tensor.file).read(name, slices)
+            return self._opened(tensor.file, size[0] * row_bytes if size else 0).read(tensor.name, start, size)
+        slices = tuple(slice(a, a + n) for a, n in zip(start, size, strict=True))
         try:
             # Opened for one read: see _MAX_MAPPED_BYTES.
             with safe_open(tensor.file, framework="pt") as opened:
                 # A copy of its own: the slice is a view of the file.
-                return opened.get_slice(name)[slices].clone(memory_format=torch.contiguous_format)
+                return opened.get_slice(tensor.name)[slices].clone(memory_format=torch.contiguous_format)
         except (SafetensorError, OSError) as error:
             raise CheckpointError(
-                f"{tensor.file}: {name} cannot be read ({error}); download the file again."
+                f"{tensor.file}: {tensor.name} cannot be read ({error}); download the file again."
             ) from error
 
-    def _opened(self, file: Path) -> _PickledFile:
-        opened = self._pickled
-        if opened is None or opened.file != file or opened.is_worn:
-            self._pickled = opened = _PickledFile(file)
-        return opened
-
-
-class _PickledFile:
-    """A file of torch.save. In the zip format it is mapped; an older one is in memory as a whole."""
-
-    def __init__(self, file: Path):
-        self.file = file
-        self._tensors = _pickled_tensors(file)
-        self._is_mapped = zipfile.is_zipfile(file)
-        self._read_bytes = 0
-
-    @property
-    def is_worn(self) -> bool:
-        return self._is_mapped and self._read_bytes > _MAX_MAPPED_BYTES
-
-    def read(self, name: str, slices: tuple[slice, ...]) -> Tensor:
-        part = self._tensors[name][slices].clone(memory_format=torch.contiguous_format)
-        self._read_bytes += part.nbytes
-        return part
+    def _opened(self, file: Path, num_spanned_bytes: int) -> TorchFile:
+        """A pickled file of which so many bytes are about to be touched."""
+        if self._num_mapped_bytes > _MAX_MAPPED_BYTES:
+            # An older file is no archive and lies in memory as a whole: to open it anew would gain nothing.
+            self._pickled = {path: kept for path, kept in self._pickled.items() if not zipfile.is_zipfile(path)}
+            self._num_mapped_bytes = 0
+        opened = self._pickled  # another thread may begin anew at any moment
+        if file not in opened:
+            opened[file] = TorchFile(file)
+        self._num_mapped_bytes += num_spanned_bytes
+        return opened[file]
 
 
 def read_json(file: Path) -> dict[str, Any]:
@@ -152,9 +154,10 @@ def _open_shards(path: Path, index_file: Path) -> dict[str, FileTensor]:
 def _read_header(file: Path) -> dict[str, FileTensor]:
     """The tensors of a file. The size of a safetensors file is checked against its header."""
     if file.suffix == _PICKLED:
+        pickled = TorchFile(file)
         return {
-            name: FileTensor(file, name, DTYPE_NAMES.get(tensor.dtype, str(tensor.dtype)), tuple(tensor.shape))
-            for name, tensor in _pickled_tensors(file).items()
+            name: FileTensor(file, name, DTYPE_NAMES.get(pickled.dtype(name), "unknown"), pickled.shape(name))
+            for name in pickled.names()
         }
     try:
         with safe_open(file, framework="pt") as opened:
@@ -164,10 +167,3 @@ def _read_header(file: Path) -> dict[str, FileTensor]:
         raise CheckpointError(
             f"{file} is no complete safetensors file ({error}); it was cut off or damaged: download it again."
         ) from error
-
-
-def _pickled_tensors(file: Path) -> dict[str, Tensor]:
-    content = read_torch_file(file)
-    if not isinstance(content, Mapping) or not all(isinstance(tensor, Tensor) for tensor in content.values()):
-        raise CheckpointError(f"{file} does not map names to tensors; give the weights of a Hugging Face model.")
-    return {str(name): tensor.detach() for name, tensor in content.items()}
