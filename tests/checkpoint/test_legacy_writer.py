@@ -28,7 +28,7 @@ from legacy_trees import (
 )
 from megatron.checkpoint import RunState, open_source
 from megatron.checkpoint.hf_export import plan_export, split_by_size, write_hf_folder
-from megatron.checkpoint.legacy import LegacySource, plan_legacy_tree, write_legacy_tree, writer
+from megatron.checkpoint.legacy import LegacySource, LegacyTreePlan, plan_legacy_tree, write_legacy_tree, writer
 from megatron.checkpoint.legacy.recording import beyond_megatron_llm
 from megatron.checkpoint.source import TokenizerIdentity
 from megatron.checkpoint.unpickle import read_torch_file
@@ -109,7 +109,7 @@ def assert_same_tree(written: Path, expected: Path) -> None:
                 assert ours[key] == value, (file, key)
 
 
-def plan_for(source: Any, spelling: Spelling, **options: Any) -> writer.LegacyTreePlan:
+def plan_for(source: Any, spelling: Spelling, **options: Any) -> LegacyTreePlan:
     layout = ParallelLayout(tp=spelling.tp, pp=spelling.pp)
     return plan_legacy_tree(source, layout, num_chunks=spelling.virtual, **options)
 
@@ -238,6 +238,20 @@ def test_everything_that_use_checkpoint_args_takes_is_recorded(tmp_path):
     assert taken <= vars(args).keys()
     assert args.num_layers_per_virtual_pipeline_stage == 1
     assert (args.padded_vocab_size, args.make_vocab_size_divisible_by) == (256, 128)
+
+
+def test_the_name_and_the_tokenizer_of_a_model_go_with_it(tmp_path, monkeypatch):
+    (tmp_path / "sentences.model").write_bytes(b"pieces")
+    source = MemorySource(LLAMA, random_weights(LLAMA))
+    identity = TokenizerIdentity("SentencePieceTokenizer", str(tmp_path / "sentences.model"))
+    monkeypatch.setattr(source, "tokenizer", lambda: identity)
+    write_legacy_tree(plan_for(source, Spelling(), model_name="llama2"), tmp_path / "tree")
+    returned = LegacySource(tmp_path / "tree")
+    tokenizer = returned.tokenizer()
+    assert returned.model_name() == "llama2"
+    assert tokenizer is not None
+    assert Path(tokenizer.tokenizer_model) == tmp_path / "tree" / "tokenizer.model"
+    assert Path(tokenizer.tokenizer_model).read_bytes() == b"pieces"
 
 
 def test_optimizer_state_is_left_out_aloud(tmp_path, caplog):

@@ -12,7 +12,7 @@ from megatron.checkpoint.legacy.inventory import Place, take_inventory
 from megatron.checkpoint.legacy.mapped import MappedFiles
 from megatron.checkpoint.legacy.recording import CARRIED_ARGUMENT
 from megatron.checkpoint.legacy.tensors import TreeModel
-from megatron.checkpoint.legacy.tree import find_tree
+from megatron.checkpoint.legacy.tree import TOKENIZER_FILE, find_tree
 from megatron.checkpoint.source import MODEL, RunState, TokenizerIdentity
 from megatron.errors import CheckpointError
 from megatron.model.config import ModelConfig
@@ -73,7 +73,7 @@ class LegacySource:
 
     def tokenizer(self) -> TokenizerIdentity | None:
         """The SentencePiece model that converters leave beside the tree, else the one that training used."""
-        beside = self.path.parent / "tokenizer.model"
+        beside = self.path.parent / TOKENIZER_FILE
         recorded = getattr(self._recorded.args, "vocab_file", None)
         if beside.is_file():
             return TokenizerIdentity("SentencePieceTokenizer", str(beside))

@@ -18,6 +18,8 @@ from megatron.errors import CheckpointError
 RELEASE: Final = "release"
 # The second name is that of runs which kept the optimizer's state in files of its own.
 MODEL_FILES: Final = ("model_optim_rng.pt", "model_rng.pt")
+# Converters leave a SentencePiece model beside the tree.
+TOKENIZER_FILE: Final = "tokenizer.model"
 
 _RANK_NAME: Final = re.compile(r"mp_rank_(\d{2,})(?:_(\d{3,}))?")
 _MAX_LISTED: Final = 8

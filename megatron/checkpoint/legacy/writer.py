@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import logging
-import math
 import os
 import shutil
 import uuid
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,88 +15,27 @@ from torch import Tensor
 
 from megatron.checkpoint.commit import check_room, check_save_folder, sweep
 from megatron.checkpoint.durable import STAGING_PREFIX, sync_folder
-from megatron.checkpoint.legacy.conventions import Conventions
 from megatron.checkpoint.legacy.keys import nested
 from megatron.checkpoint.legacy.recording import arguments_of, beyond_megatron_llm
-from megatron.checkpoint.legacy.tensors import Chunk, Part, StoredTensor, TreeModel
-from megatron.checkpoint.legacy.tree import MODEL_FILES, RELEASE, rank_name
-from megatron.checkpoint.locate import TRACKER_FILE, iteration_folder, list_iterations
+from megatron.checkpoint.legacy.target import LegacyTreePlan
+from megatron.checkpoint.legacy.tensors import Part, StoredTensor
+from megatron.checkpoint.legacy.tree import MODEL_FILES, RELEASE, TOKENIZER_FILE, rank_name
+from megatron.checkpoint.locate import TRACKER_FILE, list_iterations
 from megatron.checkpoint.ownership import owned
 from megatron.checkpoint.source import MODEL, Source, row_chunks
-from megatron.core.layout import ParallelLayout
-from megatron.errors import CheckpointError, ConfigError
-from megatron.model.config import ModelConfig
+from megatron.errors import CheckpointError
 
 logger = logging.getLogger(__name__)
 
 _VERSION = 3.0
-_MAX_LISTED = 8
-
-
-@dataclass(frozen=True)
-class LegacyTreePlan:
-    """What will be written. Made by `plan_legacy_tree`, done by `write_legacy_tree`. `name` is that of its folder."""
-
-    source: Source
-    layout: ParallelLayout
-    num_chunks: int
-    stored_as: TreeModel
-    vocabulary_multiple: int
-    weights_dtype: torch.dtype | None
-
-    @property
-    def name(self) -> str:
-        state = self.source.state()
-        return RELEASE if state is None or state.iteration == 0 else iteration_folder(Path(), state.iteration).name
-
-    @property
-    def num_bytes(self) -> int:
-        return sum(
-            math.prod(stored.local_shape(self.layout.tp)) * self.layout.tp * self.dtype(stored).itemsize
-            for p in range(self.layout.pp)
-            for chunk in self.chunks(p)
-            for stored in self.stored_as.tensors(chunk)
-        )
-
-    def chunks(self, pipeline_rank: int) -> list[Chunk]:
-        """Those of one pipeline rank. As in the programs that load it, all chunks have as many layers."""
-        num_stages = self.layout.pp * self.num_chunks
-        size = self.stored_as.model.num_layers // num_stages
-        stages = range(pipeline_rank, num_stages, self.layout.pp)
-        return [Chunk(range(s * size, (s + 1) * size), s == 0, s == num_stages - 1) for s in stages]
-
-    def dtype(self, stored: StoredTensor) -> torch.dtype:
-        return self.weights_dtype or self.source.dtype(f"{MODEL}.{stored.parts[0].name}")
-
-
-def plan_legacy_tree(
-    source: Source,
-    layout: ParallelLayout,
-    *,
-    num_chunks: int = 1,
-    weights_dtype: torch.dtype | None = None,
-    vocabulary_multiple: int = 128,
-) -> LegacyTreePlan:
-    """Decides what each rank gets; reads names and shapes only.
-
-    Raises ConfigError where the model cannot be cut so, and CheckpointError unless the source holds all of it.
-    """
-    model = source.model_config()
-    _check_layout(model, layout, num_chunks)
-    multiple = vocabulary_multiple * layout.tp
-    padded = -(-model.vocab_size // multiple) * multiple
-    stored_as = TreeModel(model, Conventions(rotary_pairs=True, gate_first=False), layout.tp, padded)
-    plan = LegacyTreePlan(source, layout, num_chunks, stored_as, vocabulary_multiple, weights_dtype)
-    _check_complete(plan)
-    return plan
 
 
 def write_legacy_tree(plan: LegacyTreePlan, root: Path, *, on_bytes: Callable[[int], object] = lambda _: None) -> Path:
     """Writes the planned tree as ``root/release``, or as the source's iteration if it has one; returns its folder.
 
-    It appears whole or not at all, and the tracker moves last. Memory: the tensors of one rank at a time, because
-    torch.save takes them all at once. Only weights are written: what else the source holds, and what Megatron-LLM
-    would not compute, is logged.
+    It appears whole or not at all, and the tracker moves last; a SentencePiece model is copied beside it. Memory: the
+    tensors of one rank at a time, because torch.save takes them all at once. Only weights are written: what else the
+    source holds, and what Megatron-LLM would not compute, is logged.
     """
     for note in _notes(plan):
         logger.warning(note)
@@ -119,6 +56,7 @@ def write_legacy_tree(plan: LegacyTreePlan, root: Path, *, on_bytes: Callable[[i
             shutil.rmtree(staging, ignore_errors=True)
             raise
         sync_folder(root)
+        _carry_tokenizer(plan.source, root)
         _write_tracker(root, "release" if plan.name == RELEASE else str(int(plan.name.removeprefix("iter_"))))
     return final
 
@@ -137,6 +75,7 @@ def _write_rank(plan: LegacyTreePlan, folder: Path, p: int, t: int, on_bytes: Ca
         "args": arguments_of(
             plan.source,
             plan.layout,
+            model_name=plan.model_name,
             num_chunks=plan.num_chunks,
             padded_vocab_size=plan.stored_as.padded_vocab_size,
             vocabulary_multiple=plan.vocabulary_multiple,
@@ -195,36 +134,6 @@ def _copy(
         row += len(rows)
 
 
-def _check_layout(model: ModelConfig, layout: ParallelLayout, num_chunks: int) -> None:
-    for name in ("num_attention_heads_kv", "ffn_hidden_size"):
-        if getattr(model, name) % layout.tp:
-            raise ConfigError(
-                f"--target_tensor_parallel_size {layout.tp}: Megatron-LLM cannot cut {name} "
-                f"{getattr(model, name)} so; use a divisor of it."
-            )
-    if model.num_layers % (layout.pp * num_chunks):
-        virtual = f" of {num_chunks} virtual stages each" if num_chunks > 1 else ""
-        raise ConfigError(
-            f"--target_pipeline_parallel_size {layout.pp}: Megatron-LLM's pipeline ranks{virtual} have equally many "
-            f"layers, and {model.num_layers} cannot be dealt out so; use a divisor."
-        )
-
-
-def _check_complete(plan: LegacyTreePlan) -> None:
-    chunks = [chunk for p in range(plan.layout.pp) for chunk in plan.chunks(p)]
-    parts = (part for chunk in chunks for stored in plan.stored_as.tensors(chunk) for part in stored.parts)
-    expected = {f"{MODEL}.{part.name}" for part in parts}
-    stored = {name for name in plan.source.names() if name.startswith(f"{MODEL}.")}
-    problems = [f"{name} is missing" for name in sorted(expected - stored)]
-    problems += [f"{name} has no place in a tree" for name in sorted(stored - expected)]
-    if problems:
-        more = f"; and {len(problems) - _MAX_LISTED} more" if len(problems) > _MAX_LISTED else ""
-        raise CheckpointError(
-            f"{plan.source.path} cannot be a tree of Megatron-LLM: {'; '.join(problems[:_MAX_LISTED])}{more}. "
-            "Use a complete checkpoint of a decoder model."
-        )
-
-
 def _check_free(root: Path, final: Path) -> None:
     if list_iterations(root):
         raise CheckpointError(
@@ -243,6 +152,14 @@ def _notes(plan: LegacyTreePlan) -> Iterator[str]:
             f"{plan.name} is read back here as it is, but Megatron-LLM itself does not compute this model: "
             f"it does not know {', '.join(beyond)}"
         )
+
+
+def _carry_tokenizer(source: Source, root: Path) -> None:
+    identity = source.tokenizer()
+    if identity is not None and identity.tokenizer_type == "SentencePieceTokenizer":
+        model, target = Path(identity.tokenizer_model), root / TOKENIZER_FILE
+        if model.is_file() and not target.exists():
+            shutil.copyfile(model, target)
 
 
 def _write_tracker(root: Path, text: str) -> None:
