@@ -8,8 +8,6 @@ import os
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -18,28 +16,7 @@ from checkpoint_samples import save_from_one_process
 from megatron.checkpoint.ownership import LOCK_FILE, owned
 from megatron.core.layout import ParallelLayout
 from megatron.errors import CheckpointError
-
-OTHER_RUN = """
-import fcntl, sys
-file = open(sys.argv[1], "a+")
-fcntl.lockf(file, fcntl.LOCK_EX)
-file.truncate(0)
-file.write(sys.argv[2])
-file.flush()
-print("locked", flush=True)
-sys.stdin.read()
-"""
-
-
-@contextmanager
-def another_process_owns(root: Path, says: str = "process 4711 on node7") -> Iterator[subprocess.Popen]:
-    script = [sys.executable, "-c", OTHER_RUN, str(root / LOCK_FILE), says]
-    with subprocess.Popen(script, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
-        assert process.stdout is not None and process.stdout.readline() == b"locked\n"
-        try:
-            yield process
-        finally:
-            process.kill()
+from other_runs import another_process_owns
 
 
 def test_the_process_that_owns_the_folder_is_named(tmp_path: Path) -> None:
