@@ -57,7 +57,9 @@ SIDEWAYS = frozenset(
 # Files of megatron/core/pipeline that execute; all others there are pure and run without torch.
 EXECUTING = frozenset({"megatron.core.pipeline", "megatron.core.pipeline.executor", "megatron.core.pipeline.p2p"})
 ENVIRONMENT_READERS = ("megatron.core.topology", "megatron.training.logging")
-OPTIONAL_PACKAGES = frozenset({"bitsandbytes", "flash_attn", "gigatoken", "peft", "transformers", "wandb"})
+OPTIONAL_PACKAGES = frozenset(
+    {"bitsandbytes", "flash_attn", "gigatoken", "peft", "pyarrow", "transformers", "wandb", "zstandard"}
+)
 # Reads pickles by an unpickler of its own that imports nothing; all other pickled files go through torch.load.
 UNPICKLERS = frozenset({"megatron.checkpoint.inert_pickle"})
 MESH_MAKERS = frozenset({"init_process_group", "init_device_mesh", "DeviceMesh"})

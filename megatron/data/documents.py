@@ -1,90 +1,231 @@
-"""Documents in text files: JSON lines, one object per line, and plain text.
+"""Documents in files: JSON lines, one object per line, plain text, and parquet, one document per row.
 
 A .txt file is cut into documents at runs of two or more blank lines (chapters, articles); without such a
-run it is one document. Every other file is read as JSON lines. All text is UTF-8.
+run it is one document. A .parquet file has its texts in columns. Every other file is read as JSON lines.
+All text is UTF-8.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
+from megatron.data.inputs import check_inputs
+from megatron.data.parquet import Rows, count_rows, read_rows
+from megatron.data.text_stream import TextStream, base_suffix
 from megatron.errors import DataError
 
-COMPRESSED_OR_BINARY = (".gz", ".zst", ".bz2", ".xz", ".zip", ".parquet", ".arrow")
+__all__ = ["Chunk", "Document", "Position", "check_inputs", "is_plain_text", "parse_chunk", "read_chunks", "read_texts"]
+
+OnBad = Callable[[DataError], None]
+"""Called with the error of a record that holds no document."""
+
+
+class Position(NamedTuple):
+    """Where reading goes on: the number of the file, bytes of its unpacked text, and lines (or rows) before it."""
+
+    file: int = 0
+    offset: int = 0
+    records: int = 0
+
+
+class Document(NamedTuple):
+    """The text under each key, and the line or row where the document starts."""
+
+    number: int
+    texts: tuple[str, ...]
 
 
 @dataclass(frozen=True)
-class Chunk:
-    """Some consecutive documents of one file, not decoded yet: the number of each one's first line, and its bytes."""
+class Chunk(ABC):
+    """Some consecutive documents of one file, not decoded yet."""
 
     path: Path
-    records: tuple[tuple[int, bytes], ...]
     num_bytes: int
-    """Bytes of the file that the chunk covers, separators included."""
+    """Bytes of unpacked text that the chunk covers, separators included."""
+    done_bytes: int
+    """Bytes of all files, as they are on disk, up to the end of the chunk."""
+    start: Position
+    end: Position
 
-    @property
-    def is_plain_text(self) -> bool:
-        return _is_plain_text(self.path)
+    def place(self, number: int) -> str:
+        return f"{self.path}:{number}"
+
+    @abstractmethod
+    def documents(self, keys: Sequence[str], on_bad: OnBad) -> Iterator[Document]: ...
 
 
-def check_inputs(paths: Sequence[Path]) -> int:
-    """The size of all files in bytes. Raises `DataError` for one that cannot be read as text."""
-    total_bytes = 0
-    for path in paths:
-        if path.suffix in COMPRESSED_OR_BINARY:
-            raise DataError(
-                f"{path} is not a text file by its name ({path.suffix}); unpack it to .jsonl or .txt first."
-            )
-        if path.is_dir():
-            raise DataError(f"{path} is a folder; name the files in it, for example {path}/*.jsonl.")
+@dataclass(frozen=True)
+class JsonLines(Chunk):
+    data: bytes
+
+    def documents(self, keys: Sequence[str], on_bad: OnBad) -> Iterator[Document]:
+        for line, raw in enumerate(self.data.split(b"\n"), start=1 + self.start.records):
+            if not raw or raw.isspace():  # blank lines are no documents
+                continue
+            try:
+                yield Document(line, _parse_json_line(raw, self.path, line, keys))
+            except DataError as error:
+                on_bad(error)
+
+
+@dataclass(frozen=True)
+class PlainText(Chunk):
+    records: tuple[tuple[int, bytes], ...]
+    """The number of each document's first line, and its bytes."""
+
+    def documents(self, keys: Sequence[str], on_bad: OnBad) -> Iterator[Document]:
+        for line, raw in self.records:
+            try:
+                yield Document(line, (_without_outer_blank_lines(_decode(raw, self.path, line)),))
+            except DataError as error:
+                on_bad(error)
+
+
+@dataclass(frozen=True)
+class ParquetRows(Chunk):
+    rows: Rows
+
+    def place(self, number: int) -> str:
+        return f"{self.path}, row {number}"
+
+    def documents(self, keys: Sequence[str], on_bad: OnBad) -> Iterator[Document]:
+        for row, texts in enumerate(zip(*self.rows.columns, strict=True), start=self.rows.first_row):
+            present = tuple(text for text in texts if text is not None)
+            if len(present) == len(texts):
+                yield Document(row, present)
+            else:
+                key = keys[texts.index(None)]
+                on_bad(DataError(f"{self.place(row)}: no text under {key!r}; remove the row, or fill it."))
+
+
+def read_chunks(
+    paths: Sequence[Path],
+    *,
+    max_documents: int,
+    max_bytes: int,
+    keys: Sequence[str] = ("text",),
+    start: Position = Position(),  # noqa: B008 - immutable
+) -> Iterator[Chunk]:
+    """The documents of all files in order, from `start` on. A chunk holds at most `max_documents`, and ends with the
+    document that reaches `max_bytes`, so that all hold similar amounts of work."""
+    sizes = [path.stat().st_size for path in paths]
+    for number in range(start.file, len(paths)):
+        at = start if number == start.file else Position(number)
+        reader = _Reader(paths[number], number, sum(sizes[:number]), max_documents, max_bytes)
         try:
-            with path.open("rb"):
-                total_bytes += path.stat().st_size
+            yield from reader.rows(at, keys) if is_parquet(paths[number]) else reader.text(at)
         except OSError as error:
-            raise DataError(f"cannot read {path}: {error.strerror}; check --input.") from error
-    return total_bytes
+            raise DataError(f"cannot read {paths[number]}: {error.strerror}; check --input.") from error
 
 
-def read_chunks(paths: Sequence[Path], *, max_documents: int, max_bytes: int) -> Iterator[Chunk]:
-    """The documents of all files in order. A chunk ends at either limit, so that one holds similar amounts of work."""
-    for path in paths:
-        with path.open("rb") as file:
-            records = _plain_text_records(file) if _is_plain_text(path) else _json_line_records(file)
-            yield from _gather(path, records, max_documents, max_bytes)
-
-
-def parse_chunk(chunk: Chunk, keys: Sequence[str]) -> list[tuple[str, ...]]:
-    """For every document its text under each key. Raises `DataError` with file and line."""
-    if chunk.is_plain_text:
-        return [(_without_outer_blank_lines(_decode(raw, chunk.path, line)),) for line, raw in chunk.records]
-    return [_parse_json_line(raw, chunk.path, line, keys) for line, raw in chunk.records]
+def parse_chunk(chunk: Chunk, keys: Sequence[str], on_bad: OnBad | None = None) -> list[Document]:
+    """The chunk's documents. A record without one raises `DataError` with file and line, or is told to `on_bad`."""
+    return list(chunk.documents(keys, _raise if on_bad is None else on_bad))
 
 
 def read_texts(paths: Sequence[Path], key: str) -> Iterator[str]:
     """The text of every document of all files, in order."""
-    for chunk in read_chunks(paths, max_documents=1, max_bytes=1):
-        for (text,) in parse_chunk(chunk, (key,)):
-            yield text
+    for chunk in read_chunks(paths, max_documents=1, max_bytes=1 << 16, keys=(key,)):
+        for document in parse_chunk(chunk, (key,)):
+            yield document.texts[0]
 
 
-def _is_plain_text(path: Path) -> bool:
-    return path.suffix == ".txt"
+def is_plain_text(path: Path) -> bool:
+    return base_suffix(path) == ".txt"
 
 
-def _json_line_records(lines: Iterator[bytes]) -> Iterator[tuple[int, bytes]]:
-    return enumerate(lines, start=1)
+def is_parquet(path: Path) -> bool:
+    return path.suffix in (".parquet", ".pq")
 
 
-def _plain_text_records(lines: Iterator[bytes]) -> Iterator[tuple[int, bytes]]:
+@dataclass(frozen=True)
+class _Reader:
+    """Cuts one file into chunks; `bytes_before` are those of the files before it."""
+
+    path: Path
+    number: int
+    bytes_before: int
+    max_documents: int
+    max_bytes: int
+
+    def text(self, at: Position) -> Iterator[Chunk]:
+        with TextStream(self.path, at.offset) as stream:
+            yield from self._plain(stream, at) if is_plain_text(self.path) else self._json(stream, at)
+
+    def rows(self, at: Position, keys: Sequence[str]) -> Iterator[Chunk]:
+        num_rows, file_bytes = count_rows(self.path), self.path.stat().st_size
+        limits = {"max_rows": self.max_documents, "max_bytes": self.max_bytes}
+        for rows in read_rows(self.path, keys, skip_rows=at.records, **limits):
+            last = rows.first_row - 1 + len(rows.columns[0])
+            done = self.bytes_before + file_bytes * last // num_rows
+            start, at = at, Position(self.number, 0, last)
+            yield ParquetRows(self.path, rows.num_bytes, done, start, at, rows)
+
+    def _json(self, stream: TextStream, at: Position) -> Iterator[Chunk]:
+        for data in _whole_lines(stream, self.max_documents, self.max_bytes):
+            start, at = at, Position(self.number, at.offset + len(data), at.records + data.count(b"\n"))
+            done = self.bytes_before + stream.file_position(at.offset)
+            yield JsonLines(self.path, len(data), done, start, at, data)
+
+    def _plain(self, stream: TextStream, at: Position) -> Iterator[Chunk]:
+        for records, num_bytes, num_lines in self._gather(_plain_text_records(stream, at.records)):
+            start, at = at, Position(self.number, at.offset + num_bytes, at.records + num_lines)
+            done = self.bytes_before + stream.file_position(at.offset)
+            yield PlainText(self.path, num_bytes, done, start, at, records)
+
+    def _gather(self, records: Iterator[tuple[int, bytes]]) -> Iterator[tuple[tuple[tuple[int, bytes], ...], int, int]]:
+        """Documents of one chunk, and their bytes and lines, blank ones included."""
+        chunk: list[tuple[int, bytes]] = []
+        num_bytes = num_lines = 0
+        for line, raw in records:
+            num_bytes += len(raw)
+            num_lines += raw.count(b"\n")
+            if not raw.isspace():
+                chunk.append((line, raw))
+            if len(chunk) >= self.max_documents or num_bytes >= self.max_bytes:
+                yield tuple(chunk), num_bytes, num_lines
+                chunk, num_bytes, num_lines = [], 0, 0
+        if num_bytes:
+            yield tuple(chunk), num_bytes, num_lines
+
+
+def _whole_lines(stream: TextStream, max_lines: int, max_bytes: int) -> Iterator[bytes]:
+    """Blocks that end with the end of a line, the last one with the end of the file."""
+    unfinished: list[bytes] = []
+    while piece := stream.read(max_bytes):
+        cut = piece.rfind(b"\n") + 1
+        if not cut:
+            unfinished.append(piece)
+            continue
+        yield from _at_most(b"".join([*unfinished, piece[:cut]]), max_lines)
+        unfinished = [piece[cut:]] if cut < len(piece) else []
+    if unfinished:
+        yield b"".join(unfinished)
+
+
+def _at_most(block: bytes, max_lines: int) -> Iterator[bytes]:
+    num_lines, start = block.count(b"\n"), 0
+    while num_lines > max_lines:
+        end = start
+        for _ in range(max_lines):
+            end = block.index(b"\n", end) + 1
+        yield block[start:end]
+        start, num_lines = end, num_lines - max_lines
+    yield block[start:] if start else block
+
+
+def _plain_text_records(lines: Iterator[bytes], num_lines_before: int) -> Iterator[tuple[int, bytes]]:
     document: list[bytes] = []
-    first_line = 1
+    first_line = num_lines_before + 1
     num_blank = 0
-    for number, line in enumerate(lines, start=1):
-        is_blank = not line.strip()
+    for number, line in enumerate(lines, start=first_line):
+        is_blank = line.isspace()
         if not is_blank and num_blank >= 2 and document:
             yield first_line, b"".join(document)
             document, first_line = [], number
@@ -94,50 +235,44 @@ def _plain_text_records(lines: Iterator[bytes]) -> Iterator[tuple[int, bytes]]:
         yield first_line, b"".join(document)
 
 
-def _gather(path: Path, records: Iterator[tuple[int, bytes]], max_documents: int, max_bytes: int) -> Iterator[Chunk]:
-    chunk: list[tuple[int, bytes]] = []
-    num_bytes = 0
-    for line, raw in records:
-        num_bytes += len(raw)
-        if raw.strip():  # blank lines are no documents
-            chunk.append((line, raw))
-        if len(chunk) >= max_documents or num_bytes >= max_bytes:
-            yield Chunk(path, tuple(chunk), num_bytes)
-            chunk, num_bytes = [], 0
-    if num_bytes:
-        yield Chunk(path, tuple(chunk), num_bytes)
-
-
 def _parse_json_line(raw: bytes, path: Path, line: int, keys: Sequence[str]) -> tuple[str, ...]:
-    where = f"{path}:{line}"
     text = _decode(raw, path, line)
     try:
         value = json.loads(text)
     except ValueError as error:
-        raise DataError(f"{where}: not JSON ({error}); every line must be one JSON object.") from error
+        raise DataError(f"{path}:{line}: not JSON ({error}); every line must be one JSON object.") from error
     except RecursionError as error:
-        raise DataError(f"{where}: not readable as JSON (nested too deeply); every line must be one object.") from error
+        raise DataError(
+            f"{path}:{line}: not readable as JSON (nested too deeply); every line must be one object."
+        ) from error
     if not isinstance(value, dict):
-        raise DataError(f"{where}: a {type(value).__name__}, not a JSON object; write it as {{{keys[0]!r}: ...}}.")
-    return tuple(_text_under(value, key, where) for key in keys)
+        raise DataError(
+            f"{path}:{line}: a {type(value).__name__}, not a JSON object; write it as {{{keys[0]!r}: ...}}."
+        )
+    # Only an escape can make half a surrogate pair: the decoder refuses one that is spelled out.
+    has_escapes = b"\\u" in raw
+    return tuple(_text_under(value, key, path, line, has_escapes) for key in keys)
 
 
-def _text_under(record: dict[str, object], key: str, where: str) -> str:
+def _text_under(record: dict[str, object], key: str, path: Path, line: int, has_escapes: bool) -> str:
     if key not in record:
         raise DataError(
-            f"{where}: no key {key!r}, the object has {', '.join(map(repr, record)) or 'none'}; "
+            f"{path}:{line}: no key {key!r}, the object has {', '.join(map(repr, record)) or 'none'}; "
             "name the keys that hold text with --json_keys."
         )
     text = record[key]
     if not isinstance(text, str):
-        raise DataError(f"{where}: {key!r} holds a {type(text).__name__}, not a string; --json_keys names text only.")
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError as error:
         raise DataError(
-            f"{where}: {key!r} holds half a surrogate pair ({text[error.start]!a}), which no text contains; "
-            "repair or remove the line."
-        ) from error
+            f"{path}:{line}: {key!r} holds a {type(text).__name__}, not a string; --json_keys names text only."
+        )
+    if has_escapes and not text.isascii():
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise DataError(
+                f"{path}:{line}: {key!r} holds half a surrogate pair ({text[error.start]!a}), which no text contains; "
+                "repair or remove the line."
+            ) from error
     return text
 
 
@@ -155,3 +290,7 @@ def _decode(raw: bytes, path: Path, line: int) -> str:
             f"{path}:{line}: byte 0x{raw[error.start]:02x} is not UTF-8; convert the file, for example with "
             f"`iconv -f latin1 -t utf-8`."
         ) from error
+
+
+def _raise(error: DataError) -> None:
+    raise error

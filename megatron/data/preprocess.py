@@ -1,167 +1,277 @@
 """From text files to tokenized datasets: read, tokenize in threads, write in the order of the input.
 
 Tokenizers compute outside the interpreter lock, so threads are enough: nothing is pickled, no process can
-die unseen, and the order of writing does not depend on their number.
+die unseen, and what is written does not depend on their number.
 """
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack, closing
-from dataclasses import dataclass
+import logging
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing
+from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
-from typing import TypeVar
+from typing import Any
 
-import numpy as np
-
-from megatron.data.documents import Chunk, check_inputs, parse_chunk, read_chunks
-from megatron.data.indexed import IndexedDatasetWriter, best_dtype
+from megatron.data.documents import Chunk, Position, is_plain_text, parse_chunk, read_chunks
+from megatron.data.encoding import ChunkEncoder, EncodeBatch, EncodedChunk
+from megatron.data.indexed import best_dtype
+from megatron.data.inputs import check_inputs, identify_input
+from megatron.data.ordered import map_in_order
+from megatron.data.preprocess_config import PreprocessConfig
+from megatron.data.sentences import split_sentences
+from megatron.data.unfinished import JOURNAL_INTERVAL_S, Journal, UnfinishedDatasets
 from megatron.errors import ConfigError, DataError, TokenizerError
+from megatron.tokenizer.gigatoken import FastTokenizerMismatch, FastTokenizerUnavailable, GigatokenEncoder
 from megatron.tokenizer.protocol import TokenArray, Tokenizer
 
-# About a tenth of a second of work: many chunks keep all threads busy to the end, also among long documents.
+# A few milliseconds of work with the fastest tokenizer, a fifth of a second with the slowest.
 MAX_CHUNK_BYTES = 256 * 1024
-CHUNKS_AHEAD_PER_WORKER = 4
+# Text that is read while one long document is tokenized, so that the other threads have work meanwhile.
+MAX_BYTES_AHEAD = 64 * 1024 * 1024
+# With less input, what gigatoken needs to compute whole batches takes longer to load than it saves.
+MIN_BULK_BYTES = 64_000_000
+SAMPLE_BYTES = 64 * 1024
 
-Item = TypeVar("Item")
-Result = TypeVar("Result")
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a run is: input bytes, documents kept, documents dropped, and tokens of all keys."""
+    """How far a run is: bytes of the input files, bytes of the text in them, and counts.
+
+    `num_dropped` documents were empty, `num_bad` lines held none; `longest_tokens` is of a document under one key.
+    """
 
     num_bytes: int = 0
     total_bytes: int = 0
+    num_text_bytes: int = 0
     num_documents: int = 0
     num_dropped: int = 0
+    num_bad: int = 0
     num_tokens: int = 0
     longest_tokens: int = 0
 
 
 @dataclass(frozen=True)
-class _TokenizedChunk:
-    """Per kept document one array for every key."""
+class Listeners:
+    """Whoever wants to know: `progress` is told how far a run is, first of all and then after every chunk, `bad` the
+    error of a line that is skipped, `backend` what computes the ids."""
 
-    documents: list[tuple[TokenArray, ...]]
-    num_dropped: int
-    num_bytes: int
+    progress: Callable[[Progress], None] = lambda progress: None
+    bad: Callable[[DataError], None] = lambda error: None
+    backend: Callable[[str], None] = lambda name: None
 
 
 def preprocess_files(
     inputs: Sequence[Path],
     prefixes: Mapping[str, Path],
     tokenizer: Tokenizer,
+    config: PreprocessConfig = PreprocessConfig(),  # noqa: B008 - immutable
     *,
-    append_eod: bool = False,
-    workers: int = 1,
-    chunk_size: int = 256,
-    report: Callable[[Progress], None] = lambda progress: None,
+    tell: Listeners = Listeners(),
+    journal_interval_s: float = JOURNAL_INTERVAL_S,
 ) -> Progress:
     """Tokenizes every document and writes the text under each key of `prefixes` to its dataset; returns the counts.
 
     A document whose text is empty under any of the keys is dropped from all of them, so that the datasets
-    of several keys stay aligned. With an error no dataset appears. `report` is called after every chunk of
-    at most `chunk_size` documents.
+    of several keys stay aligned. With an error no dataset appears; what a run that had a journal by then has done
+    is kept for one with `config.resume`.
     """
     keys = tuple(prefixes)
-    _check_request(inputs, tokenizer, keys, append_eod, workers, chunk_size)
-    progress = Progress(total_bytes=check_inputs(inputs))
-    eod = tokenizer.eod if append_eod else None
-    chunks = read_chunks(inputs, max_documents=chunk_size, max_bytes=MAX_CHUNK_BYTES)
-
-    def tokenize(chunk: Chunk) -> _TokenizedChunk:
-        return _tokenize(chunk, tokenizer, keys, eod)
-
-    with ExitStack() as writers_open, closing(map_in_order(tokenize, chunks, workers)) as results:
-        dtype = best_dtype(tokenizer.vocab_size)
-        writers = [writers_open.enter_context(IndexedDatasetWriter(prefix, dtype)) for prefix in prefixes.values()]
-        for result in results:
-            for document in result.documents:
-                for writer, ids in zip(writers, document, strict=True):
-                    writer.add_document(ids)
-            progress = _advance(progress, result)
-            report(progress)
-        if progress.num_documents == 0:
-            names = ", ".join(map(str, inputs))
-            raise DataError(
-                f"{names}: no text to tokenize ({progress.num_dropped} empty documents, "
-                f"{progress.total_bytes} bytes); check --input and --json_keys."
-            )
+    _check_request(inputs, tokenizer, keys, config)
+    total_bytes = check_inputs(inputs)
+    dtype = best_dtype(tokenizer.vocab_size)
+    request = _request(inputs, keys, tokenizer, config)
+    job = _Job(tuple(inputs), keys, tokenizer, config, tell)
+    with UnfinishedDatasets(
+        tuple(prefixes.values()), dtype, request, journal_interval_s=journal_interval_s
+    ) as datasets:
+        journal = _journal_to_continue(datasets, request, resume=config.resume)
+        start = _Start.of(journal, total_bytes)
+        encode = None if start.without_fast else job.fast_encoder(total_bytes)
+        datasets.open(journal)
+        try:
+            progress = job.write(datasets, encode, start)
+        except FastTokenizerMismatch as error:
+            datasets.restart()  # what differs here may have differed before
+            if config.tokenizer_backend == "gigatoken":
+                raise TokenizerError(f"{error}; use --tokenizer_backend auto.") from error
+            logger.warning("%s; everything is tokenized again, by the tokenizer's own library.", error)
+            progress = job.write(datasets, None, _Start(Progress(total_bytes=total_bytes), without_fast=True))
+        _require_text(inputs, progress)
+        datasets.finish()
     return progress
 
 
 def tokenize_file(file: Path, prefix: Path, tokenizer: Tokenizer, *, json_key: str = "text", workers: int = 1) -> None:
-    """Tokenizes one text file for pre-training: every document ends with eod where the tokenizer has one."""
-    preprocess_files([file], {json_key: prefix}, tokenizer, append_eod=tokenizer.eod is not None, workers=workers)
+    """Tokenizes one text file for pre-training: every document ends with eod where the tokenizer has one.
+
+    What an interrupted run left is removed; the caller sees to it that nobody else writes to `prefix`.
+    """
+    shutil.rmtree(UnfinishedDatasets.folder_of(prefix), ignore_errors=True)
+    config = PreprocessConfig(append_eod=tokenizer.eod is not None, workers=workers)
+    preprocess_files([file], {json_key: prefix}, tokenizer, config)
 
 
-def map_in_order(work: Callable[[Item], Result], items: Iterable[Item], workers: int) -> Generator[Result, None, None]:
-    """`map(work, items)` in `workers` threads with a bounded number of items ahead; the first failure ends it."""
-    with ThreadPoolExecutor(workers) as pool:
-        pending: deque[Future[Result]] = deque()
+@dataclass(frozen=True)
+class _Start:
+    """Where a run starts: the counts up to there, the position, and whether gigatoken was found wrong before."""
+
+    progress: Progress
+    position: Position = Position()  # noqa: RUF009 - immutable
+    without_fast: bool = False
+
+    @classmethod
+    def of(cls, journal: Journal | None, total_bytes: int) -> _Start:
+        if journal is None:
+            return cls(Progress(total_bytes=total_bytes))
+        notes = journal.notes
+        return cls(Progress(**notes["progress"]), Position(*notes["position"]), bool(notes["without_fast"]))
+
+    def notes(self, progress: Progress, position: Position) -> dict[str, Any]:
+        return {"progress": asdict(progress), "position": list(position), "without_fast": self.without_fast}
+
+
+@dataclass(frozen=True)
+class _Job:
+    inputs: tuple[Path, ...]
+    keys: tuple[str, ...]
+    tokenizer: Tokenizer
+    config: PreprocessConfig
+    tell: Listeners
+
+    def write(self, datasets: UnfinishedDatasets, fast: GigatokenEncoder | None, start: _Start) -> Progress:
+        """Appends everything from `start` on; returns the counts at the end."""
+        self.tell.backend("" if fast is None else "gigatoken")
+        progress = start.progress
+        self.tell.progress(progress)
+        work = self._chunk_encoder(self._reference_batch if fast is None else fast.encode_batch)
+        chunks = self._chunks(MAX_CHUNK_BYTES, start.position)
+        threads = self.config.num_threads
+        ahead = max(MAX_BYTES_AHEAD, 4 * threads * MAX_CHUNK_BYTES)
+        with closing(map_in_order(work, chunks, threads, max_ahead=ahead, weigh=lambda c: c.num_bytes)) as results:
+            for result in results:
+                for error in result.errors:
+                    self.tell.bad(error)
+                progress = _advance(progress, result)
+                datasets.append(result.texts, partial(start.notes, progress, result.end))
+                self.tell.progress(progress)
+        return progress
+
+    def fast_encoder(self, total_bytes: int) -> GigatokenEncoder | None:
+        if self.config.tokenizer_backend == "reference":
+            return None
+        in_bulk = total_bytes >= MIN_BULK_BYTES
         try:
-            for item in items:
-                pending.append(pool.submit(work, item))
-                if len(pending) >= CHUNKS_AHEAD_PER_WORKER * workers:
-                    yield pending.popleft().result()
-            while pending:
-                yield pending.popleft().result()
-        finally:
-            for future in pending:
-                future.cancel()
+            return GigatokenEncoder(
+                self.tokenizer, num_threads=self.config.num_threads, in_bulk=in_bulk, sample=self._sample()
+            )
+        except FastTokenizerUnavailable as reason:
+            if self.config.tokenizer_backend == "gigatoken":
+                raise TokenizerError(f"--tokenizer_backend gigatoken: {reason}; or use auto.") from reason
+            logger.info("gigatoken is not used: %s", reason)
+            return None
+
+    def _chunks(self, max_bytes: int, start: Position) -> Iterator[Chunk]:
+        max_documents = self.config.chunk_size
+        return read_chunks(self.inputs, keys=self.keys, max_documents=max_documents, max_bytes=max_bytes, start=start)
+
+    def _chunk_encoder(self, encode_batch: EncodeBatch) -> ChunkEncoder:
+        split = partial(split_sentences, keep_newlines=self.config.keep_newlines)
+        return ChunkEncoder(
+            encode_batch,
+            self.keys,
+            best_dtype(self.tokenizer.vocab_size),
+            bos=self.tokenizer.bos if self.config.prepend_bos else None,
+            eod=self.tokenizer.eod if self.config.append_eod else None,
+            split=split if self.config.split_sentences else None,
+            skip_bad=self.config.on_error == "skip",
+        )
+
+    def _reference_batch(self, texts: Sequence[str], seed: int) -> list[TokenArray]:
+        return self.tokenizer.encode_batch(texts)
+
+    def _sample(self) -> list[str]:
+        """The first documents of the input."""
+        first = next(self._chunks(SAMPLE_BYTES, Position()), None)
+        documents = parse_chunk(first, self.keys, on_bad=lambda error: None) if first is not None else []
+        return [text for document in documents for text in document.texts]
 
 
-def _tokenize(chunk: Chunk, tokenizer: Tokenizer, json_keys: Sequence[str], eod: int | None) -> _TokenizedChunk:
-    try:
-        documents = [texts for texts in parse_chunk(chunk, json_keys) if all(texts)]
-        flat = tokenizer.encode_batch([text for texts in documents for text in texts])
-    except TokenizerError as error:  # ids that are no ids, say: the text is at fault, so the place is told
-        first, last = chunk.records[0][0], chunk.records[-1][0]
-        raise DataError(f"{chunk.path}, lines {first} to {last}: {error}") from error
-    width = len(json_keys)
-    tokenized = [tuple(flat[start : start + width]) for start in range(0, len(flat), width)]
-    # A text of blanks can have no tokens: it is as empty as one without characters.
-    kept = [document for document in tokenized if all(len(ids) for ids in document)]
-    if eod is not None:
-        kept = [tuple(np.append(ids, np.int32(eod)) for ids in document) for document in kept]
-    return _TokenizedChunk(kept, num_dropped=len(chunk.records) - len(kept), num_bytes=chunk.num_bytes)
-
-
-def _advance(progress: Progress, result: _TokenizedChunk) -> Progress:
-    lengths = [len(ids) for document in result.documents for ids in document]
+def _advance(progress: Progress, result: EncodedChunk) -> Progress:
     return Progress(
-        num_bytes=progress.num_bytes + result.num_bytes,
+        num_bytes=result.done_bytes,
         total_bytes=progress.total_bytes,
-        num_documents=progress.num_documents + len(result.documents),
+        num_text_bytes=progress.num_text_bytes + result.num_bytes,
+        num_documents=progress.num_documents + result.num_documents,
         num_dropped=progress.num_dropped + result.num_dropped,
-        num_tokens=progress.num_tokens + sum(lengths),
-        longest_tokens=max([progress.longest_tokens, *lengths]),
+        num_bad=progress.num_bad + len(result.errors),
+        num_tokens=progress.num_tokens + sum(len(text.tokens) for text in result.texts),
+        longest_tokens=max(progress.longest_tokens, result.longest_tokens),
     )
 
 
-def _check_request(
-    inputs: Sequence[Path],
-    tokenizer: Tokenizer,
-    json_keys: Sequence[str],
-    append_eod: bool,
-    workers: int,
-    chunk_size: int,
-) -> None:
-    if workers < 1:
-        raise ConfigError(f"--workers {workers} cannot do any work; give 1 or more threads.")
-    if chunk_size < 1:
-        raise ConfigError(f"--chunk_size {chunk_size} is not a number of documents; give 1 or more.")
-    plain_text = [path for path in inputs if path.suffix == ".txt"]
-    if len(json_keys) > 1 and plain_text:
+def _request(
+    inputs: Sequence[Path], keys: tuple[str, ...], tokenizer: Tokenizer, config: PreprocessConfig
+) -> dict[str, Any]:
+    """Everything that decides what is written, under the names by which a message speaks of it."""
+    return {
+        "--input": [asdict(identify_input(path)) for path in inputs],
+        "--json_keys": list(keys),
+        "the tokenizer": tokenizer.identity.fingerprint,
+        "--append_eod": config.append_eod,
+        "--prepend_bos": config.prepend_bos,
+        "--split_sentences": [config.split_sentences, config.keep_newlines, config.lang],
+        "--on_error": config.on_error,
+    }
+
+
+def _journal_to_continue(datasets: UnfinishedDatasets, request: dict[str, Any], *, resume: bool) -> Journal | None:
+    journal = datasets.read_journal()
+    if journal is None:
+        return None
+    if not resume:
         raise ConfigError(
-            f"--json_keys {' '.join(json_keys)}: {plain_text[0]} is plain text and has no keys; "
+            f"{datasets.folder} holds an interrupted run; continue it with --resume, or remove the folder to start "
+            "from nothing."
+        )
+    # A run that ended at a bad line may go on without it.
+    changed = [name for name in request if name != "--on_error" and journal.request.get(name) != request[name]]
+    if changed:
+        raise ConfigError(
+            f"--resume: {changed[0]} is not what it was when the run in {datasets.folder} was interrupted; give the "
+            "same command and files, or remove the folder to start from nothing."
+        )
+    return journal
+
+
+def _require_text(inputs: Sequence[Path], progress: Progress) -> None:
+    if progress.num_documents == 0:
+        raise DataError(
+            f"{', '.join(map(str, inputs))}: no text to tokenize ({progress.num_dropped} empty documents, "
+            f"{progress.num_bad} bad lines, {progress.total_bytes} bytes); check --input and --json_keys."
+        )
+
+
+def _check_request(
+    inputs: Sequence[Path], tokenizer: Tokenizer, keys: tuple[str, ...], config: PreprocessConfig
+) -> None:
+    plain_text = [path for path in inputs if is_plain_text(path)]
+    if len(keys) > 1 and plain_text:
+        raise ConfigError(
+            f"--json_keys {' '.join(keys)}: {plain_text[0]} is plain text and has no keys; "
             "give one key, which then only names the output."
         )
-    if append_eod and tokenizer.eod is None:
+    if config.append_eod and tokenizer.eod is None:
         raise ConfigError(
             f"--append_eod: the {tokenizer.name} has no end-of-document token; drop the flag, or use a tokenizer whose "
             "files name an eos_token."
+        )
+    if config.prepend_bos and tokenizer.bos is None:
+        raise ConfigError(
+            f"--prepend_bos: the {tokenizer.name} has no bos token; drop the flag, or use a tokenizer whose files name "
+            "a bos_token."
         )

@@ -15,7 +15,8 @@ REDRAW_INTERVAL_S = 0.1
 class ProgressBar:
     """Call it with every `Progress`; `close` leaves the last state on the screen.
 
-    Where `stream` is no terminal, a line is printed each time `log_interval` more documents are done.
+    Rates are those of this run: the first `Progress` is what an earlier one has done already. Where `stream` is no
+    terminal, a line is printed each time `log_interval` more documents are done.
     """
 
     def __init__(self, stream: TextIO, *, log_interval: int, clock: Callable[[], float] = time.monotonic):
@@ -23,23 +24,30 @@ class ProgressBar:
         self._clock = clock
         self._log_interval = log_interval
         self._is_terminal = stream.isatty()
-        self._start_s = clock()
-        self._drawn_s = self._start_s
+        self._start_s = self._drawn_s = clock()
         self._next_line = log_interval
+        self._first: Progress | None = None
         self._latest = Progress()
 
     def __call__(self, progress: Progress) -> None:
+        if self._first is None:
+            self._first, self._start_s = progress, self._clock()
+            self._next_line = _num_seen(progress) + self._log_interval
         self._latest = progress
-        num_seen = progress.num_documents + progress.num_dropped
         if self._is_terminal and self._clock() - self._drawn_s >= REDRAW_INTERVAL_S:
             self._drawn_s = self._clock()
             self._draw()
-        elif not self._is_terminal and num_seen >= self._next_line:
-            self._next_line = (num_seen // self._log_interval + 1) * self._log_interval
-            print(describe(progress, self.elapsed_s), file=self._stream, flush=True)
+        elif not self._is_terminal and _num_seen(progress) >= self._next_line:
+            self._next_line = (_num_seen(progress) // self._log_interval + 1) * self._log_interval
+            print(self._describe(), file=self._stream, flush=True)
+
+    def interrupt(self, message: str) -> None:
+        """Shows a line of its own."""
+        print(f"\r{message}\x1b[K" if self._is_terminal else message, file=self._stream, flush=True)
 
     @property
     def elapsed_s(self) -> float:
+        """Since the first `Progress`: what came before is start-up."""
         return self._clock() - self._start_s
 
     def close(self) -> None:
@@ -47,23 +55,54 @@ class ProgressBar:
             self._draw()
             print(file=self._stream, flush=True)
 
+    @property
+    def own(self) -> Progress:
+        """What this run alone has done."""
+        first = self._first or Progress()
+        return Progress(
+            num_bytes=self._latest.num_bytes - first.num_bytes,
+            num_text_bytes=self._latest.num_text_bytes - first.num_text_bytes,
+            num_documents=self._latest.num_documents - first.num_documents,
+            num_tokens=self._latest.num_tokens - first.num_tokens,
+        )
+
+    def _describe(self) -> str:
+        return describe(self._latest, self.own, self.elapsed_s)
+
     def _draw(self) -> None:
         done = _fraction(self._latest)
         bar = "#" * round(BAR_WIDTH * done) + "." * (BAR_WIDTH - round(BAR_WIDTH * done))
         # The trailing code clears what a longer line left behind.
-        self._stream.write(f"\r[{bar}] {describe(self._latest, self.elapsed_s)}\x1b[K")
+        self._stream.write(f"\r[{bar}] {self._describe()}\x1b[K")
         self._stream.flush()
 
 
-def describe(progress: Progress, elapsed_s: float) -> str:
-    """One line: part done, rate in MB (10^6 bytes of input) per second, counts, and the time left."""
-    done = _fraction(progress)
-    rate = progress.num_bytes / 1e6 / elapsed_s if elapsed_s > 0 else 0.0
-    eta = f"{_minutes(elapsed_s * (1 - done) / done)}" if done > 0 else "-"
+def describe(progress: Progress, own: Progress, elapsed_s: float) -> str:
+    """One line: part done, this run's rates in MB (10^6 bytes) of text, documents and tokens, and the time left.
+
+    `own` is the part of `progress` that this run did in `elapsed_s`.
+    """
+    seconds = max(elapsed_s, 1e-9)
+    left = progress.total_bytes - progress.num_bytes
+    eta = _minutes(elapsed_s * left / own.num_bytes) if own.num_bytes else "-"
+    done = f"{_fraction(progress):4.0%} of {progress.total_bytes / 1e6:.1f} MB"
     return (
-        f"{done:4.0%} {progress.num_bytes / 1e6:.1f}/{progress.total_bytes / 1e6:.1f} MB | {rate:.2f} MB/s | "
-        f"{progress.num_documents:,} documents | {progress.num_tokens:,} tokens | ETA {eta}"
+        f"{done} | {own.num_text_bytes / 1e6 / seconds:.2f} MB/s | "
+        f"{progress.num_documents:,} documents, {_short(own.num_documents / seconds)}/s | "
+        f"{_short(progress.num_tokens)} tokens, {_short(own.num_tokens / seconds)}/s | ETA {eta}"
     )
+
+
+def _num_seen(progress: Progress) -> int:
+    return progress.num_documents + progress.num_dropped + progress.num_bad
+
+
+def _short(count: float) -> str:
+    """Three digits or so: 999, 12.3k, 4.56M."""
+    for unit, name in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if count >= unit:
+            return f"{count / unit:.2f}{name}"
+    return f"{count:.0f}"
 
 
 def _fraction(progress: Progress) -> float:

@@ -44,6 +44,9 @@ class HuggingFaceTokenizer:
         added = [*numbered_tokens(vocab_extra_ids), *extra_tokens]
         vocabulary = self._model.get_vocab(with_added_tokens=True)
         self.added_tokens: Mapping[str, int] = {token: vocabulary[token] for token in added}
+        self.literals = frozenset(
+            [*added, *(token.content for token in self._model.get_added_tokens_decoder().values())]
+        )
         # Ids may have holes; the largest decides the size of an embedding.
         self.vocab_size = 1 + max(vocabulary.values())
         self.bos = self._special_id("bos", file.parent)
@@ -61,6 +64,11 @@ class HuggingFaceTokenizer:
             eod=self.eod,
             parse_special=parse_special,
         )
+
+    @property
+    def library(self) -> tokenizers.Tokenizer:
+        """The library's own tokenizer, added tokens included."""
+        return self._model
 
     def encode(self, text: str) -> list[int]:
         return self._model.encode(text, add_special_tokens=False).ids

@@ -25,6 +25,7 @@ class NullTokenizer:
     def __init__(self, vocab_size: int):
         self.vocab_size = vocab_size
         self.added_tokens: Mapping[str, int] = {}
+        self.literals: frozenset[str] = frozenset()
         self.identity = TokenizerIdentity(type=self.name, vocab_size=vocab_size)
 
     def encode(self, text: str) -> list[int]:

@@ -63,6 +63,10 @@ class Tokenizer(Protocol):
         """Tokens that are not in the tokenizer's own file, or that text may name, with their ids."""
 
     @property
+    def literals(self) -> frozenset[str]:
+        """Every token that has an id by its name: where a text spells one out, it is not ordinary text."""
+
+    @property
     def bos(self) -> int | None: ...
 
     @property

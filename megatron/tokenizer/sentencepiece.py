@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import numpy as np
 import sentencepiece
 
 from megatron.errors import TokenizerError
-from megatron.tokenizer.protocol import TokenArray, TokenizerIdentity, check_ids, encode_in_threads, file_sha256
+from megatron.tokenizer.protocol import TokenArray, TokenizerIdentity, check_ids, encode_in_threads
 from megatron.tokenizer.special_tokens import (
     PAD_ADDITION,
     SENTENCEPIECE_ADDITIONS,
@@ -38,7 +39,7 @@ class SentencePieceTokenizer:
         no_new_tokens: bool = False,
         parse_special: bool = False,
     ):
-        self._model = _load(model_file)
+        self.model_proto, self._model = _load(model_file)
         self.num_model_pieces: int = self._model.get_piece_size()
         self.bos = _present(self._model.bos_id())
         self.eos = _present(self._model.eos_id())
@@ -59,10 +60,11 @@ class SentencePieceTokenizer:
         matched = {**control, **added} if parse_special else {token: added[token] for token in extra_tokens}
         self._splitter = TokenSplitter(matched)
         self._literals = {i: token for token, i in {**control, **added}.items()}
+        self.literals = frozenset([*added, *(piece for piece, i in pieces.items() if not self._is_ordinary(i))])
         self.identity = TokenizerIdentity(
             type=self.name,
             vocab_size=self.vocab_size,
-            file_sha256=file_sha256(model_file),
+            file_sha256=hashlib.sha256(self.model_proto).hexdigest(),
             added_tokens=tuple(added),
             bos=self.bos,
             eos=self.eos,
@@ -86,6 +88,13 @@ class SentencePieceTokenizer:
     def _encode_many(self, texts: Sequence[str]) -> list[TokenArray]:
         return [np.array(self.encode(text), dtype=np.int32) for text in texts]
 
+    def _is_ordinary(self, piece: int) -> bool:
+        """A byte piece is written <0x0A> in the model, and yet no text that says so becomes it."""
+        model = self._model
+        return not (model.is_control(piece) or model.is_unknown(piece) or model.is_unused(piece)) or model.is_byte(
+            piece
+        )
+
     def decode(self, ids: Sequence[int]) -> str:
         check_ids(ids, self.vocab_size, self.name)
         parts: list[str] = []
@@ -100,7 +109,7 @@ class SentencePieceTokenizer:
         return "".join([*parts, self._model.decode(run)])
 
 
-def _load(model_file: Path) -> sentencepiece.SentencePieceProcessor:
+def _load(model_file: Path) -> tuple[bytes, sentencepiece.SentencePieceProcessor]:
     try:
         proto = model_file.read_bytes()
     except OSError as error:
@@ -110,7 +119,7 @@ def _load(model_file: Path) -> sentencepiece.SentencePieceProcessor:
     if not proto:  # the library takes no bytes for no model, and answers every text with no ids
         raise TokenizerError(f"{model_file} is empty; copy the tokenizer.model again.")
     try:
-        return sentencepiece.SentencePieceProcessor(model_proto=proto)
+        return proto, sentencepiece.SentencePieceProcessor(model_proto=proto)
     except RuntimeError as error:
         raise TokenizerError(
             f"{model_file} is not a SentencePiece model; a tokenizer.json or a Hugging Face folder is loaded with "

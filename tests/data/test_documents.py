@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -42,24 +43,35 @@ def test_a_chunk_ends_at_the_number_of_documents_or_of_bytes(tmp_path):
     line = b'{"text": "a"}\n'
     first, second = _write(tmp_path / "a.jsonl", 5 * line), _write(tmp_path / "b.jsonl", line)
     by_documents = list(read_chunks([first, second], max_documents=2, max_bytes=1000))
-    assert [len(chunk.records) for chunk in by_documents] == [2, 2, 1, 1]
+    assert [len(parse_chunk(chunk, ("text",))) for chunk in by_documents] == [2, 2, 1, 1]
     by_bytes = list(read_chunks([first, second], max_documents=99, max_bytes=3 * len(line)))
     assert [(chunk.path, chunk.num_bytes) for chunk in by_bytes] == [
         (first, 3 * len(line)),
         (first, 2 * len(line)),
         (second, len(line)),
     ]
+    assert [chunk.done_bytes for chunk in by_bytes] == [3 * len(line), 5 * len(line), 6 * len(line)]
 
 
 @given(st.lists(st.sampled_from(["a\n", "\n", " \n", "b\r\n", "\r\n", "c"])).map("".join), st.integers(1, 3))
-def test_chunks_cover_every_byte_and_number_every_line(tmp_path_factory, content, max_documents):
+def test_chunks_cover_every_byte_number_every_line_and_can_be_continued_behind_any(
+    tmp_path_factory, content, max_documents
+):
     for suffix in (".txt", ".jsonl"):
-        file = _write(tmp_path_factory.mktemp("chunks") / f"a{suffix}", content)
-        chunks = list(read_chunks([file], max_documents=max_documents, max_bytes=4))
+        text = content if suffix == ".txt" else re.sub("([abc]+)", r'{"text": "\1"}', content.replace("\r", ""))
+        file = _write(tmp_path_factory.mktemp("chunks") / f"a{suffix}", text)
+        limits = {"max_documents": max_documents, "max_bytes": 4}
+        chunks = list(read_chunks([file], **limits))
         assert sum(chunk.num_bytes for chunk in chunks) == check_inputs([file])
-        lines = content.encode().splitlines(keepends=True)
-        for line, raw in (record for chunk in chunks for record in chunk.records):
-            assert "".join(part.decode() for part in lines[line - 1 :]).encode().startswith(raw)
+        documents = [document for chunk in chunks for document in parse_chunk(chunk, ("text",))]
+        lines = text.split("\n")
+        for number, (found,) in documents:
+            assert found.split("\n")[0] in "\n".join(lines[number - 1 :]).lstrip().split("\n")[0]
+        for i, chunk in enumerate(chunks):
+            rest = [
+                d for later in read_chunks([file], start=chunk.end, **limits) for d in parse_chunk(later, ("text",))
+            ]
+            assert rest == [d for later in chunks[i + 1 :] for d in parse_chunk(later, ("text",))]
 
 
 @pytest.mark.parametrize(
@@ -91,13 +103,12 @@ def test_a_bad_byte_of_plain_text_is_named_by_its_own_line(tmp_path):
 def test_several_keys_are_read_in_the_order_asked_for(tmp_path):
     file = _write(tmp_path / "a.jsonl", '{"a": "1", "b": "2", "c": "3"}')
     (chunk,) = read_chunks([file], max_documents=9, max_bytes=99)
-    assert parse_chunk(chunk, ("c", "a")) == [("3", "1")]
+    assert parse_chunk(chunk, ("c", "a")) == [(1, ("3", "1"))]
 
 
-def test_inputs_that_are_no_text_files_are_refused(tmp_path):
-    with pytest.raises(DataError, match=r"cannot read .*none\.jsonl: No such file.*; check --input"):
-        check_inputs([tmp_path / "none.jsonl"])
-    with pytest.raises(DataError, match=r"is a folder; name the files in it, for example .*\*\.jsonl"):
-        check_inputs([tmp_path])
-    with pytest.raises(DataError, match=r"a\.jsonl\.gz is not a text file by its name \(\.gz\); unpack it"):
-        check_inputs([_write(tmp_path / "a.jsonl.gz", "")])
+def test_bad_records_are_told_and_the_others_read_where_they_may_be_skipped(tmp_path):
+    file = _write(tmp_path / "a.jsonl", '{"text": "1"}\n{\n{"text": "3"}\n{"txt": "4"}\n')
+    (chunk,) = read_chunks([file], max_documents=9, max_bytes=999)
+    told: list[DataError] = []
+    assert parse_chunk(chunk, ("text",), told.append) == [(1, ("1",)), (3, ("3",))]
+    assert [re.match(r".*a\.jsonl:(\d):", str(error))[1] for error in told] == ["2", "4"]

@@ -69,7 +69,45 @@ def test_the_command_of_the_original_works_with_either_spelling_of_its_flags(tmp
     assert "tokenizer: SentencePieceTokenizer, 327 ids" in out
     assert "documents: 2, and 1 empty ones dropped" in out
     assert f"tokens:    {num_tokens}, at most {longest} in a document" in out
-    assert "100%" in err and "MB/s" in err and "ETA" in err
+    assert all(word in err for word in ("100%", " MB/s", " documents, ", " tokens, ", "ETA"))
+
+
+def test_bad_lines_are_shown_and_counted_where_they_may_be_skipped(tmp_path, model_file, preprocess):
+    (tmp_path / "a.jsonl").write_text('{"text": "good"}\n' + 30 * "{\n")
+    usual = ("--input", tmp_path / "a.jsonl", "--output_prefix", tmp_path / "out", "--vocab_file", model_file)
+    out, err = preprocess(*usual, "--on_error", "skip")
+    assert "bad lines: 30 skipped" in out
+    assert f"skipped: {tmp_path}/a.jsonl:2: not JSON" in err
+    assert err.count("skipped: ") == 20 and "further bad lines are counted only" in err
+
+
+def test_sentences_get_files_of_their_own_name(tmp_path, corpus, model_file, preprocess):
+    usual = ("--input", corpus, "--output_prefix", tmp_path / "out", "--vocab_file", model_file)
+    preprocess(*usual, "--split_sentences", "--keep_newlines")
+    dataset = IndexedDataset(tmp_path / "out_text_sentence")
+    assert len(dataset) > dataset.num_documents == 2
+
+
+def test_an_interrupted_run_goes_on_with_resume(tmp_path, corpus, model_file, preprocess):
+    usual = ("--input", corpus, "--output_prefix", tmp_path / "out", "--vocab_file", model_file)
+    preprocess(*usual, "--resume")  # nothing to resume: a job script can always say it
+    assert IndexedDataset(tmp_path / "out_text_document").num_documents == 2
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "corpus.jsonl",
+        "out_text_document.bin",
+        "out_text_document.idx",
+    ]
+
+
+def test_nothing_that_starts_slowly_is_imported(tmp_path, corpus, model_file):
+    flags = ["--input", str(corpus), "--output_prefix", str(tmp_path / "out"), "--vocab_file", str(model_file)]
+    code = (
+        "import runpy, sys\n"
+        f"runpy.run_path({str(TOOL)!r})['main'](sys.argv[1:])\n"
+        "print('imported:', sorted({'torch', 'transformers', 'awkward', 'pyarrow', 'zstandard'} & {*sys.modules}))"
+    )
+    result = subprocess.run([sys.executable, "-c", code, *flags], capture_output=True, text=True, timeout=120)
+    assert result.stdout.splitlines()[-1] == "imported: []", result.stderr
 
 
 def test_data_that_is_tokenized_already_is_written_as_it_is(tmp_path, preprocess):
@@ -82,14 +120,15 @@ def test_data_that_is_tokenized_already_is_written_as_it_is(tmp_path, preprocess
     ("flags", "error", "message"),
     [
         (("--apend_eod",), ConfigError, r"--apend_eod is not a flag of this program; did you mean --append_eod\?"),
-        (("--split-sentences",), ConfigError, "--split-sentences is not available: documents are kept whole"),
+        (("--keep-newlines",), ConfigError, "--keep_newlines is about the ends of sentences"),
+        (("--lang", "german"), ConfigError, "--lang"),
         (("--dataset_impl", "lazy"), ConfigError, "--dataset_impl lazy is not written any more; drop the flag"),
         (("--json_keys", "text", "text"), ConfigError, "--json_keys text text names a key twice"),
         (("--log_interval", "0"), ConfigError, "--log_interval 0 is not a number of documents"),
         (("--workers", "0"), ConfigError, "--workers 0 cannot do any work"),
-        (("--tokenizer_type", "FalconTokenizer"), ConfigError, "use --tokenizer_type HuggingFaceTokenizer"),
         (("--vocab_file", "none.model"), TokenizerError, "cannot read none.model"),
         (("--input", "none.jsonl"), DataError, "cannot read none.jsonl"),
+        (("--input", "none*.jsonl"), ConfigError, r"--input none\*.jsonl matches no file"),
         (("--json_keys", "body"), DataError, "corpus.jsonl:1: no key 'body', the object has 'text'"),
         (("--output_prefix", "/dev/null/out"), DataError, "/dev/null/out_text_document: cannot be written"),
     ],

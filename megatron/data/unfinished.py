@@ -1,0 +1,285 @@
+"""Datasets while they are written: nothing of them has a name that a reader knows, and a killed run can go on.
+
+`<prefix>.unfinished/` holds what was written so far, and the journal, which says up to where it counts. Where a
+journal says that n bytes of a file count, these bytes were on disk before it was.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import io
+import json
+import logging
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Any
+
+import numpy as np
+
+from megatron.data.encoding import EncodedTexts
+from megatron.data.index_file import CHUNK_SEQUENCES, DTYPE_CODES, HEADER, MAGIC, VERSION
+from megatron.errors import DataError
+
+JOURNAL_VERSION = 1
+JOURNAL_INTERVAL_S = 15.0
+
+TOKENS, LENGTHS, BOUNDARIES = "tokens", "lengths", "boundaries"
+FILES = (TOKENS, LENGTHS, BOUNDARIES)
+
+# What flock says on file systems without locks (some NFS and Lustre mounts).
+_NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS)
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Journal:
+    """Up to where an earlier run came: its request, its own notes, and the bytes of each file that count."""
+
+    request: dict[str, Any]
+    notes: dict[str, Any]
+    num_bytes: tuple[dict[str, int], ...]
+
+
+class UnfinishedDatasets:
+    """Appends documents to the datasets at `prefixes`, all of which get the same documents.
+
+    `finish` gives the files their names; leaving the ``with`` block without it keeps what a journal says can be
+    continued, and removes the rest. A second process that writes to the same prefix is a `DataError`.
+    """
+
+    def __init__(
+        self,
+        prefixes: Sequence[Path],
+        dtype: np.dtype,
+        request: dict[str, Any],
+        *,
+        journal_interval_s: float = JOURNAL_INTERVAL_S,
+        clock: Callable[[], float] = time.monotonic,
+    ):
+        self._prefixes = tuple(prefixes)
+        self._dtype = dtype
+        self._request = request
+        self._interval_s, self._clock = journal_interval_s, clock
+        self._written_s = clock()
+        self._num_sequences: list[int] = []
+        self._files: list[dict[str, IO[bytes]]] = []
+        self._lock_file: IO[bytes] = io.BytesIO()
+        self._syncing: Future[None] | None = None
+        self._background = ThreadPoolExecutor(1)
+
+    @staticmethod
+    def folder_of(prefix: Path) -> Path:
+        return Path(f"{prefix}.unfinished")
+
+    @property
+    def folder(self) -> Path:
+        """Where the journal is."""
+        return self.folder_of(self._prefixes[0])
+
+    def read_journal(self) -> Journal | None:
+        """The journal of an earlier run, None if there is none. Raises `DataError` for one that cannot be read."""
+        file = self.folder / "journal.json"
+        try:
+            content = json.loads(file.read_text())
+            if content["version"] != JOURNAL_VERSION:
+                raise ValueError(f"version {content['version']}")
+            return Journal(content["request"], content["notes"], tuple(content["num_bytes"]))
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise DataError(f"{file}: cannot be read ({error}); remove {self.folder} to start from nothing.") from error
+
+    def open(self, journal: Journal | None) -> None:
+        """Starts from nothing, or from what `journal` says."""
+        try:
+            self._lock()
+            if journal is None:
+                self._forget()
+            sizes = [dict.fromkeys(FILES, 0)] * len(self._prefixes) if journal is None else journal.num_bytes
+            for prefix, size in zip(self._prefixes, sizes, strict=True):
+                self.folder_of(prefix).mkdir(parents=True, exist_ok=True)
+                self._files.append({name: _open_at(self.folder_of(prefix) / name, size[name]) for name in FILES})
+                self._num_sequences.append(size[LENGTHS] // 4)
+        except OSError as error:
+            raise self._cannot_write(error) from error
+
+    def restart(self) -> None:
+        """Throws away what was written, also by earlier runs."""
+        self._wait()
+        self._forget()
+        for files in self._files:
+            for file in files.values():
+                file.seek(0)
+                file.truncate()
+        self._num_sequences = [0] * len(self._prefixes)
+
+    def append(self, texts: Sequence[EncodedTexts], notes: Callable[[], dict[str, Any]]) -> None:
+        """Adds documents; `notes` is called when the journal is due, and is what a later run is told."""
+        try:
+            for number, (text, files) in enumerate(zip(texts, self._files, strict=True)):
+                boundaries = self._num_sequences[number] + np.cumsum(text.num_sequences, dtype="<i8")
+                files[TOKENS].write(text.tokens.data)
+                files[LENGTHS].write(text.lengths.astype("<i4", copy=False).data)
+                files[BOUNDARIES].write(boundaries.data)
+                self._num_sequences[number] += len(text.lengths)
+            if self._clock() - self._written_s >= self._interval_s:
+                self._write_journal(notes())
+        except OSError as error:
+            raise self._cannot_write(error) from error
+
+    def finish(self) -> None:
+        """Makes all files durable and gives them their names, the .idx file of each pair last."""
+        try:
+            self._wait()
+            for prefix, files in zip(self._prefixes, self._files, strict=True):
+                folder = self.folder_of(prefix)
+                _flush_and_sync(files.values())
+                with open(folder / "idx", "wb", buffering=1 << 20) as idx:
+                    _write_index(idx, folder, self._dtype)
+                    _flush_and_sync([idx])
+            # From here on there is nothing to go on with: files move one by one.
+            self._forget()
+            for prefix in self._prefixes:
+                # An earlier .idx must never stand beside the new .bin, not even between two renames.
+                Path(f"{prefix}.idx").unlink(missing_ok=True)
+                os.replace(self.folder_of(prefix) / TOKENS, f"{prefix}.bin")
+                os.replace(self.folder_of(prefix) / "idx", f"{prefix}.idx")
+                _sync_folder(prefix.parent)
+        except OSError as error:
+            raise self._cannot_write(error) from error
+
+    def __enter__(self) -> UnfinishedDatasets:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._background.shutdown()
+        for files in self._files:
+            for file in files.values():
+                _close_quietly(file)
+        if (self.folder / "journal.json").exists():
+            if self._files:
+                logger.warning("%s keeps what is done; the same command with --resume goes on from there.", self.folder)
+        elif self._files:
+            for prefix in self._prefixes:
+                shutil.rmtree(self.folder_of(prefix), ignore_errors=True)
+        self._lock_file.close()
+
+    def _forget(self) -> None:
+        """What was written before does not count any more."""
+        (self.folder / "journal.json").unlink(missing_ok=True)
+
+    def _lock(self) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        lock = open(self.folder / "lock", "ab")  # noqa: SIM115 - held until the end
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise DataError(
+                f"{self._prefixes[0]}: another process is writing this dataset; wait for it, or choose another "
+                "--output_prefix."
+            ) from error
+        except OSError as error:
+            if error.errno not in _NO_LOCKS:
+                raise
+        self._lock_file = lock
+
+    def _write_journal(self, notes: dict[str, Any]) -> None:
+        """In the background, unless the one before is still under way."""
+        if self._syncing is not None and not self._syncing.done():
+            return
+        self._wait()
+        self._written_s = self._clock()
+        for files in self._files:
+            for file in files.values():
+                file.flush()
+        num_bytes = [{name: file.tell() for name, file in files.items()} for files in self._files]
+        content = {"version": JOURNAL_VERSION, "request": self._request, "notes": notes, "num_bytes": num_bytes}
+        self._syncing = self._background.submit(self._sync_journal, json.dumps(content))
+
+    def _sync_journal(self, content: str) -> None:
+        for files in self._files:
+            for file in files.values():
+                os.fsync(file.fileno())
+        temporary = self.folder / "journal.tmp"
+        with open(temporary, "wb") as journal:
+            journal.write(content.encode())
+            _flush_and_sync([journal])
+        os.replace(temporary, self.folder / "journal.json")
+        _sync_folder(self.folder)
+
+    def _wait(self) -> None:
+        if self._syncing is not None:
+            self._syncing.result()
+
+    def _cannot_write(self, error: OSError) -> DataError:
+        return DataError(
+            f"{self._prefixes[0]}: cannot be written ({error.strerror}); nothing was left under this name. "
+            f"Choose a folder that exists, is writable and has space."
+        )
+
+
+def _open_at(path: Path, num_bytes: int) -> IO[bytes]:
+    """Opens `path` behind its first `num_bytes`, and cuts what follows."""
+    file = open(path, "r+b" if num_bytes else "wb", buffering=1 << 20)  # noqa: SIM115 - closed by its owner
+    present = os.fstat(file.fileno()).st_size
+    if present < num_bytes:
+        raise DataError(
+            f"{path}: {present} bytes, but the journal beside it speaks of {num_bytes}; remove {path.parent} to start "
+            "from nothing."
+        )
+    file.truncate(num_bytes)
+    file.seek(num_bytes)
+    return file
+
+
+def _write_index(idx: IO[bytes], folder: Path, dtype: np.dtype) -> None:
+    """The index in its final form, with memory for some of its sequences at a time."""
+    num_sequences = (folder / LENGTHS).stat().st_size // 4
+    num_documents = (folder / BOUNDARIES).stat().st_size // 8
+    idx.write(HEADER.pack(MAGIC, VERSION, DTYPE_CODES[dtype.name], num_sequences, num_documents + 1))
+    _copy(folder / LENGTHS, idx)
+    position_bytes = 0
+    with open(folder / LENGTHS, "rb") as lengths:
+        while chunk := lengths.read(4 * CHUNK_SEQUENCES):
+            sizes = np.frombuffer(chunk, "<i4").astype("<i8") * dtype.itemsize
+            ends = position_bytes + np.cumsum(sizes)
+            idx.write((ends - sizes).data)
+            position_bytes = int(ends[-1])
+    idx.write(np.zeros(1, "<i8").data)
+    _copy(folder / BOUNDARIES, idx)
+
+
+def _copy(path: Path, target: IO[bytes]) -> None:
+    with open(path, "rb") as source:
+        shutil.copyfileobj(source, target, 1 << 20)
+
+
+def _flush_and_sync(files: Iterable[IO[bytes]]) -> None:
+    for file in files:
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _close_quietly(file: IO[bytes]) -> None:
+    with contextlib.suppress(OSError):  # closing flushes, which fails again on a full disk
+        file.close()
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make renames inside `folder` durable."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

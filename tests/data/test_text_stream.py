@@ -1,0 +1,92 @@
+from __future__ import annotations
+
+import bz2
+import gzip
+import lzma
+import random
+import sys
+from pathlib import Path
+
+import pytest
+import zstandard
+
+from megatron.data.documents import read_chunks, read_texts
+from megatron.data.text_stream import TextStream, base_suffix
+from megatron.errors import ConfigError, DataError
+
+# Incompressible, so that a stream has many blocks.
+TEXT = "".join(f'{{"text": "{random.Random(i).getrandbits(400):x}"}}\n' for i in range(4000)).encode()
+COMPRESS = {
+    ".gz": gzip.compress,
+    ".zst": zstandard.ZstdCompressor().compress,
+    ".bz2": bz2.compress,
+    ".xz": lzma.compress,
+}
+
+
+@pytest.fixture(params=COMPRESS)
+def suffix(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+def _write(folder: Path, suffix: str, content: bytes, name: str = "a.jsonl") -> Path:
+    (folder / (name + suffix)).write_bytes(content)
+    return folder / (name + suffix)
+
+
+def test_a_compressed_file_reads_as_its_text_from_any_position(tmp_path, suffix):
+    file = _write(tmp_path, suffix, COMPRESS[suffix](TEXT))
+    for start in (0, 1, 70_000, len(TEXT)):
+        with TextStream(file, start) as stream:
+            assert stream.read() == TEXT[start:]
+
+
+def test_members_one_after_another_are_one_text(tmp_path, suffix):
+    members = [TEXT[:100], TEXT[100:100_000], b"", TEXT[100_000:]]
+    file = _write(tmp_path, suffix, b"".join(map(COMPRESS[suffix], members)))
+    assert TextStream(file).read() == TEXT
+
+
+def test_the_position_in_the_file_grows_to_its_size(tmp_path, suffix):
+    file = _write(tmp_path, suffix, COMPRESS[suffix](TEXT))
+    done = [chunk.done_bytes for chunk in read_chunks([file], max_documents=500, max_bytes=1 << 16)]
+    assert done == sorted(done)
+    assert done[-1] == file.stat().st_size
+    if suffix in (".gz", ".zst"):  # the others have blocks as large as this file
+        assert len(set(done)) > 2
+
+
+def test_the_kind_of_text_is_named_before_the_compression(tmp_path, suffix):
+    file = _write(tmp_path, suffix, COMPRESS[suffix](b"one\n\n\ntwo"), "a.txt")
+    assert list(read_texts([file], "text")) == ["one", "two"]
+    assert base_suffix(file) == ".txt"
+
+
+def test_a_truncated_file_is_an_error_and_not_a_shorter_text(tmp_path, suffix):
+    packed = COMPRESS[suffix](TEXT)
+    file = _write(tmp_path, suffix, packed[: len(packed) // 2])
+    with pytest.raises(DataError, match=r"ends at byte \d+ in the middle of its .* data; the file is truncated"):
+        TextStream(file).read()
+
+
+def test_a_damaged_file_is_an_error(tmp_path, suffix):
+    packed = bytearray(COMPRESS[suffix](TEXT))
+    middle = len(packed) // 2
+    packed[middle : middle + 50] = bytes(50)
+    file = _write(tmp_path, suffix, bytes(packed))
+    with pytest.raises(DataError, match=r"(damaged before byte \d+|ends at byte \d+)"):
+        TextStream(file).read()
+
+
+def test_a_file_that_is_not_what_its_name_says_is_an_error(tmp_path, suffix):
+    with pytest.raises(DataError, match=rf"a\.jsonl\{suffix}: is no .* file, its first bytes are b'.\"text"):
+        TextStream(_write(tmp_path, suffix, TEXT))
+    with pytest.raises(DataError, match=rf"a\.jsonl: holds .* data; rename it to a\.jsonl\{suffix}"):
+        TextStream(_write(tmp_path, "", COMPRESS[suffix](TEXT)))
+
+
+def test_without_its_package_zstandard_is_refused_with_the_command_that_installs_it(tmp_path, monkeypatch):
+    file = _write(tmp_path, ".zst", COMPRESS[".zst"](TEXT))
+    monkeypatch.setitem(sys.modules, "zstandard", None)
+    with pytest.raises(ConfigError, match=r"need the package zstandard; run `pip install zstandard`"):
+        TextStream(file)
