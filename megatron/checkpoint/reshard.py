@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from megatron.checkpoint.commit import check_save_folder, commit
+from megatron.checkpoint.commit import check_room, check_save_folder, commit
 from megatron.checkpoint.hf import HuggingFaceSource, carried_files
 from megatron.checkpoint.manager import file_name
 from megatron.checkpoint.placement import regions_of_rank
@@ -83,26 +83,25 @@ def plan_resharding(
     return Resharding(source, {name: pieces for name, pieces in files.items() if pieces}, kinds)
 
 
-def check_room(plan: Resharding, root: Path) -> None:
-    """Raises CheckpointError unless `root` can be written and has room for the checkpoint; creates it."""
-    check_save_folder(root)
-    free = shutil.disk_usage(root).free
-    if free < plan.num_bytes:
-        raise CheckpointError(
-            f"{root} has {free / 1e9:.2f} GB free and the checkpoint needs {plan.num_bytes / 1e9:.2f} GB; "
-            "free space or choose another folder."
-        )
-
-
-def reshard(plan: Resharding, root: Path, *, num_workers: int = 1, on_bytes: Callable[[int], object]) -> Path:
+def reshard(
+    plan: Resharding,
+    root: Path,
+    *,
+    model_name: str | None = None,
+    num_workers: int = 1,
+    on_bytes: Callable[[int], object],
+) -> Path:
     """Writes the planned checkpoint as the source's iteration (0 for one without) under `root`; returns its folder.
 
-    `on_bytes` hears of bytes when they have been written. A tokenizer that lies with the source is copied to
-    ``root/tokenizer``. The files do not depend on `num_workers`.
+    `model_name` is recorded if the source records none. `on_bytes` hears of bytes when they have been written. A
+    tokenizer that lies with the source is copied to ``root/tokenizer``. The files do not depend on `num_workers`.
     """
     source = plan.source
+    check_save_folder(root)
+    check_room(root, plan.num_bytes)
     state = source.state() or RunState(iteration=0, config=carried_files(source))
-    info = CheckpointInfo(state, source.model_config(), source.model_name(), _carry_tokenizer(source, root))
+    name = source.model_name() or model_name
+    info = CheckpointInfo(state, source.model_config(), name, _carry_tokenizer(source, root))
     return commit(
         root,
         info,

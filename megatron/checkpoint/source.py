@@ -115,6 +115,10 @@ class LocalTensor:
         return f"{self.kind}.{region.name}"
 
 
+def num_entry_bytes(source: Source, name: str) -> int:
+    return math.prod(source.shape(name)) * source.dtype(name).itemsize
+
+
 def row_chunks(source: Source, name: str, start: Sequence[int], size: Sequence[int]) -> Iterator[Tensor]:
     """The rectangle ``start, size`` of an entry, some rows at a time."""
     if not size:

@@ -18,7 +18,7 @@ from typing import BinaryIO
 import torch
 from torch import Tensor
 
-from megatron.checkpoint.container import build_header, bytes_of, data_end
+from megatron.checkpoint.container import StoredTensor, build_header, bytes_of, data_end
 from megatron.checkpoint.manifest import FileRecord, Piece
 from megatron.checkpoint.plan import Rectangle
 
@@ -88,6 +88,12 @@ def write_file(path: Path, pieces: Sequence[OutgoingPiece], *, block_bytes: int 
         return writer.finish()
 
 
+def planned_file_bytes(pieces: Sequence[PlannedPiece]) -> int:
+    """The exact size of a file of these pieces."""
+    header, tensors = _layout(sorted(pieces, key=lambda p: p.order))
+    return len(header) + data_end(tensors)
+
+
 class FileWriter(AbstractContextManager["FileWriter"]):
     """A new file that takes its pieces row after row, in their `order`, and is durable once `finish` returns.
 
@@ -98,8 +104,7 @@ class FileWriter(AbstractContextManager["FileWriter"]):
         self._path = path
         self._pieces = sorted(pieces, key=lambda p: p.order)
         self._block_bytes = block_bytes
-        header, tensors = build_header({piece.key: (piece.dtype, piece.rectangle.size) for piece in self._pieces})
-        assert len(tensors) == len(pieces), "a rectangle was handed in twice"
+        header, tensors = _layout(self._pieces)
         self._header_bytes, self._header_crc32 = len(header), zlib.crc32(header)
         self._data_bytes = data_end(tensors)
         self._file = open(path, "xb")  # noqa: SIM115 - closed by __exit__
@@ -155,6 +160,12 @@ class _BlockWriter:
             self.checksums[-1] = zlib.crc32(part, self.checksums[-1])
             self._room -= len(part)
             self.num_bytes += len(part)
+
+
+def _layout(ordered: Sequence[PlannedPiece]) -> tuple[bytes, dict[str, StoredTensor]]:
+    header, tensors = build_header({piece.key: (piece.dtype, piece.rectangle.size) for piece in ordered})
+    assert len(tensors) == len(ordered), "a rectangle was handed in twice"
+    return header, tensors
 
 
 def _row_groups(tensor: Tensor, limit_bytes: int) -> Iterator[Tensor]:

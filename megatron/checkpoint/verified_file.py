@@ -20,6 +20,10 @@ _MAX_LISTED = 4
 _REMEDY = "Restore the file or load another iteration with --load_iters."
 
 
+class DamagedBlock(DamagedCheckpointError):
+    """A block whose checksum is not the one in the manifest."""
+
+
 class VerifiedFile:
     """Reads a written file. Where bytes are wrong, each method raises DamagedCheckpointError: file, tensors, block."""
 
@@ -56,11 +60,16 @@ class VerifiedFile:
             start += len(target) * row_bytes
 
     def damage(self, *, on_bytes: Callable[[int], object]) -> list[str]:
-        """Reads everything; one message for each block that is not what was written. `on_bytes` hears of each block."""
+        """Reads everything; one message for each block that is not what was written, which names all its tensors.
+
+        `on_bytes` hears of each block.
+        """
         found = []
         for block in range(len(self._record.block_crc32)):
             try:
                 self._block(block)
+            except DamagedBlock:
+                found.append(f"{self._describe(block)}; damaged: {', '.join(self._tensors_in(block))}.")
             except DamagedCheckpointError as error:
                 found.append(str(error))
             on_bytes(self._block_length(block))
@@ -111,10 +120,14 @@ class VerifiedFile:
         first = self._record.header_bytes + block * self._record.block_bytes
         self._read_fully(first, out)
         if zlib.crc32(out) != self._record.block_crc32[block]:
-            raise DamagedCheckpointError(
-                f"{self._path}: block {block} (bytes {first} to {first + len(out)}) does not have the checksum in the "
-                f"manifest; damaged: {self._tensors_in(block)}. {_REMEDY}"
-            )
+            keys = self._tensors_in(block)
+            more = f" and {len(keys) - _MAX_LISTED} more" if len(keys) > _MAX_LISTED else ""
+            raise DamagedBlock(f"{self._describe(block)}; damaged: {', '.join(keys[:_MAX_LISTED])}{more}. {_REMEDY}")
+
+    def _describe(self, block: int) -> str:
+        first = self._record.header_bytes + block * self._record.block_bytes
+        end = first + self._block_length(block)
+        return f"{self._path}: block {block} (bytes {first} to {end}) does not have the checksum in the manifest"
 
     def _read_fully(self, position: int, out: memoryview) -> None:
         done = 0
@@ -133,9 +146,7 @@ class VerifiedFile:
         data_bytes = self._record.num_bytes - self._record.header_bytes
         return min(self._record.block_bytes, data_bytes - block * self._record.block_bytes)
 
-    def _tensors_in(self, block: int) -> str:
+    def _tensors_in(self, block: int) -> list[str]:
         first = block * self._record.block_bytes
         end = first + self._block_length(block)
-        keys = [key for key, t in self._tensors.items() if t.offset < end and t.offset + t.num_bytes > first]
-        more = f" and {len(keys) - _MAX_LISTED} more" if len(keys) > _MAX_LISTED else ""
-        return ", ".join(keys[:_MAX_LISTED]) + more
+        return [key for key, t in self._tensors.items() if t.offset < end and t.offset + t.num_bytes > first]

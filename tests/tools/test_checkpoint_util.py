@@ -48,6 +48,7 @@ MODEL = ModelConfig(
 )
 TIED = dataclasses.replace(MODEL, tie_embed_logits=True, mlp_bias=True, use_rms_norm=False, glu_activation=None)
 STATE = RunState(iteration=7, consumed_samples=28, seed=3, optimizer={"step": 7}, config={"training": {"lr": 1e-3}})
+VIRTUAL = "--target_num_layers_per_virtual_pipeline_stage"
 WEIGHTS, OPTIMIZER = ("model",), ("model", "optimizer.exp_avg", "optimizer.exp_avg_sq")
 
 
@@ -77,6 +78,8 @@ def write_checkpoint(
     *,
     kinds: tuple[str, ...] = OPTIMIZER,
     tokenizer: TokenizerIdentity | None = None,
+    model_name: str | None = "llama2",
+    config: dict | None = None,
 ) -> Path:
     """Random values for every tensor of the model, as one process saves them."""
     shapes = {block.name: block.global_shape for s in specs_of_rank(model, ParallelLayout(), 0) for block in s.blocks}
@@ -87,7 +90,8 @@ def write_checkpoint(
             generator = torch.Generator().manual_seed(zlib.crc32(f"{kind}.{name}".encode()))
             region = Region(name, shape, origin, shape, origin)
             tensors.append(LocalTensor(kind, [region], torch.randn(shape, generator=generator)))
-    return save(root, CheckpointInfo(STATE, model, "llama2", tokenizer), tensors, WORLD)
+    state = STATE if config is None else dataclasses.replace(STATE, config=config)
+    return save(root, CheckpointInfo(state, model, model_name, tokenizer), tensors, WORLD)
 
 
 def entries(path: Path) -> dict[str, torch.Tensor]:
@@ -133,7 +137,8 @@ def test_the_command_of_the_faq_prints_what_it_did(tmp_path: Path, rewrite: Rewr
     write_checkpoint(tmp_path / "in", kinds=WEIGHTS)
     report = rewrite(tmp_path / "in", tmp_path / "out", "--model_type", "llama2", "--bf16", tp=2)
     assert f"reading {tmp_path / 'in' / 'iter_0000007'}: iteration 7, weights only, 48 tensors" in report
-    assert f"wrote {tmp_path / 'out' / 'iter_0000007'}: 2 file(s) for TP2 PP1" in report
+    assert f"wrote {tmp_path / 'out' / 'iter_0000007'}: 2 file(s), " in report
+    assert "it holds TP2 PP1: model" in report
     expected = {name: tensor.bfloat16() for name, tensor in entries(tmp_path / "in").items()}
     assert_same(entries(tmp_path / "out"), expected)
 
@@ -142,6 +147,67 @@ def test_bf16_does_not_round_the_master_weights_of_an_optimizer(tmp_path: Path, 
     write_checkpoint(tmp_path / "in")
     report = rewrite(tmp_path / "in", tmp_path / "out", "--bf16")
     assert "--bf16: the weights stay as they are" in report
+    assert_same(entries(tmp_path / "out"), entries(tmp_path / "in"))
+
+
+def test_a_dry_run_says_what_each_file_will_be_and_writes_nothing(tmp_path: Path, rewrite: Rewrite) -> None:
+    write_checkpoint(tmp_path / "in")
+    report = rewrite(tmp_path / "in", tmp_path / "new" / "out", "--dry_run", tp=2, pp=2)
+    assert not (tmp_path / "new").exists()
+    announced = {name: int(size.replace(",", "")) for name, size in re.findall(r"  (rank_\S+)  ([\d,]+) bytes", report)}
+    rewrite(tmp_path / "in", tmp_path / "out", tp=2, pp=2)
+    written = (tmp_path / "out" / "iter_0000007").glob("rank_*")
+    assert announced == {file.name: file.stat().st_size for file in written}
+    assert f"4 file(s), {sum(announced.values()):,} bytes; {tmp_path} has " in report and "which is enough" in report
+
+
+def test_a_dry_run_says_if_there_is_no_room(tmp_path: Path, rewrite: Rewrite, monkeypatch) -> None:
+    write_checkpoint(tmp_path / "in")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=10_000))
+    assert "has 10,000 bytes free, which is NOT enough" in rewrite(tmp_path / "in", tmp_path / "out", "--dry_run")
+
+
+def test_virtual_stages_lie_in_the_file_of_the_rank_that_runs_them(tmp_path: Path, rewrite: Rewrite) -> None:
+    """Eight layers in stages of two on two ranks: stages 0 and 2 on the first, 1 and 3 on the second."""
+    write_checkpoint(tmp_path / "in", dataclasses.replace(MODEL, num_layers=8))
+    report = rewrite(tmp_path / "in", tmp_path / "out", VIRTUAL, 2, pp=2)
+    assert "it holds TP1 PP2 with 2 stages a rank" in report
+    for rank, layers in enumerate(({0, 1, 4, 5}, {2, 3, 6, 7})):
+        held = load_file(tmp_path / "out" / "iter_0000007" / f"rank_{rank:05d}.safetensors")
+        assert {int(found[1]) for name in held if (found := re.search(r"layers\.(\d+)\.", name))} == layers
+        assert ("model.embedding.word.weight" in held) == (rank == 0)
+        assert ("model.head.weight" in held) == (rank == 1)
+
+
+def test_a_source_that_does_not_say_what_it_is_gets_the_name_that_was_given(tmp_path: Path, rewrite: Rewrite) -> None:
+    write_checkpoint(tmp_path / "in", kinds=WEIGHTS, model_name=None)
+    rewrite(tmp_path / "in", tmp_path / "out", "--model_type", "llama3")
+    assert open_source(tmp_path / "out").model_name() == "llama3"
+    with pytest.raises(CheckpointError, match="holds another family: use_rms_norm is True, there False"):
+        rewrite(tmp_path / "in", tmp_path / "other", "--model_type", "falcon")
+
+
+@pytest.mark.parametrize("model_type", ["llama", "llama2", "falcon", "gpt", "bert", "qwen3"])
+def test_every_model_of_the_faq_is_known(tmp_path: Path, rewrite: Rewrite, model_type: str) -> None:
+    write_checkpoint(tmp_path / "in", kinds=WEIGHTS, model_name=model_type)
+    assert "nothing was written" in rewrite(tmp_path / "in", tmp_path / "o", "--model_type", model_type, "--dry_run")
+
+
+def test_a_tree_of_megatron_llm_is_written_and_read_back_with_every_bit(tmp_path: Path, rewrite: Rewrite) -> None:
+    model = dataclasses.replace(MODEL, num_layers=4)
+    write_checkpoint(tmp_path / "in", model, kinds=WEIGHTS)
+    report = rewrite(tmp_path / "in", tmp_path / "tree", "--saver", "megatron_legacy", VIRTUAL, 1, tp=2, pp=2)
+    assert "it holds TP2 PP2 with 2 stages a rank as a tree of Megatron-LLM: weights" in report
+    assert len(list(tmp_path.glob("tree/iter_0000007/mp_rank_*/*.pt"))) == 4
+    rewrite(tmp_path / "tree", tmp_path / "out", "--loader", "megatron_legacy", "--true_vocab_size", VOCAB, tp=4)
+    assert_same(entries(tmp_path / "out"), entries(tmp_path / "in"))
+
+
+def test_a_hugging_face_folder_is_written_and_read_back_with_every_bit(tmp_path: Path, rewrite: Rewrite) -> None:
+    write_checkpoint(tmp_path / "in", kinds=WEIGHTS, config={})
+    report = rewrite(tmp_path / "in", tmp_path / "hf", "--saver", "hf")
+    assert f"wrote {tmp_path / 'hf'}: 1 file(s)" in report and "it holds a Hugging Face model" in report
+    rewrite(tmp_path / "hf", tmp_path / "out", "--loader", "hf", tp=2)
     assert_same(entries(tmp_path / "out"), entries(tmp_path / "in"))
 
 
@@ -210,7 +276,14 @@ def test_its_own_tokenizer_travels_with_a_checkpoint(tmp_path: Path, rewrite: Re
         (("--target_tensor_parallel_size", "0"), "--target_tensor_parallel_size 0 is not a positive number"),
         (("--true_vocab_size", "-5"), "--true_vocab_size -5 is not a positive number"),
         (("--model_type", "falcon"), "holds a llama2; give --model_type llama2"),
-        (("--loader", "hf"), "--loader hf is not one of its choices; use megatron"),
+        (("--loader", "hf"), "in is not a Hugging Face model (with config.json and safetensors files); give another"),
+        (("--loader", "nemo"), "--loader nemo is not one of its choices; use auto, "),
+        (("--saver", "nemo"), "--saver nemo is not one of its choices; use megatron, hf"),
+        (("--saver", "hf", "--target_tensor_parallel_size", "2"), "--saver hf writes files without a layout; drop"),
+        (("--num_workers", "0"), "--num_workers 0 is not a positive number"),
+        ((VIRTUAL, "1"), f"{VIRTUAL} 1: one pipeline rank has no virtual stages; raise"),
+        ((VIRTUAL, "0", "--target_pipeline_parallel_size", "2"), f"{VIRTUAL} 0 is not a positive number"),
+        ((VIRTUAL, "2", "--target_pipeline_parallel_size", "2"), "they are not a multiple of 4; choose another size"),
         (("--max_queue_size", "50"), "--max_queue_size is not needed"),
         (("--load_iters", "8"), "found 7"),
     ],
@@ -227,7 +300,7 @@ def test_a_disk_without_room_is_an_error_before_anything_is_written(
 ) -> None:
     write_checkpoint(tmp_path / "in")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=10_000))
-    with pytest.raises(CheckpointError, match=r"has 0\.00 GB free and the checkpoint needs 0\.00 GB"):
+    with pytest.raises(CheckpointError, match=r"has 0\.000 GiB free, and a checkpoint needs 0\.001 GiB"):
         rewrite(tmp_path / "in", tmp_path / "out")
     assert list((tmp_path / "out").iterdir()) == []
 
