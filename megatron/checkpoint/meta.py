@@ -6,7 +6,6 @@ held by all. They are merged as slices are asked for.
 
 from __future__ import annotations
 
-import logging
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,26 +14,22 @@ from typing import Final
 import torch
 from torch import Tensor
 
+from megatron.checkpoint.foreign_names import is_repeated
 from megatron.checkpoint.meta_names import EMBEDDING, HEAD, IGNORED, MetaTensors
 from megatron.checkpoint.meta_params import PARAMS_FILE, model_config_from_params, read_params
-from megatron.checkpoint.named_tensors import NamedTensors, listed, logical_shapes
+from megatron.checkpoint.named_tensors import listed, logical_shapes
 from megatron.checkpoint.plan import Rectangle, parts_of
 from megatron.checkpoint.source import MODEL, RunState, TokenizerIdentity
-from megatron.checkpoint.tokenizer_files import SENTENCEPIECE_FILE
+from megatron.checkpoint.tokenizer_beside import tokenizer_beside
 from megatron.checkpoint.torch_files import TorchFile
 from megatron.errors import CheckpointError
 from megatron.model.config import ModelConfig
 
 SHARD_PATTERN: Final = "consolidated.*.pth"
 
-logger = logging.getLogger(__name__)
-
 _SHARD = re.compile(r"consolidated\.(\d+)\.pth")
 _CUT_ROWS = re.compile(r"(attention\.w[qkv]|feed_forward\.w[13]|^output)\.weight$")
 _CUT_COLUMNS = re.compile(r"(attention\.wo|feed_forward\.w2)\.weight$")
-# Llama 3's tokenizer.model is a text file: a token in base 64 and its rank on each line.
-_TIKTOKEN_LINE = re.compile(rb"[A-Za-z0-9+/=]+ \d+\r?\n")
-_COMPARED_ROWS = 4096
 
 
 class MetaSource:
@@ -51,7 +46,7 @@ class MetaSource:
             params,
             path / PARAMS_FILE,
             vocab_size=shards.shape(EMBEDDING)[0],
-            tied=has_tied_head(shards),
+            tied=HEAD not in shards.names() or is_repeated(shards, EMBEDDING, HEAD),
             family=family,
         )
         if self._model.tie_embed_logits:
@@ -79,22 +74,8 @@ class MetaSource:
         return self._family
 
     def tokenizer(self) -> TokenizerIdentity | None:
-        """The tokenizer.model beside the weights or, as in Meta's downloads, in the folder above, if there is one.
-
-        Llama 3's file of that name is none of SentencePiece's, and no tokenizer here reads it: None, with a warning.
-        """
-        for folder in (self.path, self.path.absolute().parent):
-            if (file := folder / SENTENCEPIECE_FILE).is_file():
-                with file.open("rb") as opened:
-                    if not _TIKTOKEN_LINE.fullmatch(opened.readline(1024)):
-                        return TokenizerIdentity("SentencePieceTokenizer", str(file))
-                logger.warning(
-                    "%s is a tiktoken file, not SentencePiece: no tokenizer goes with these weights. Give the "
-                    "Hugging Face tokenizer of the model where one is needed.",
-                    file,
-                )
-                return None
-        return None
+        """The tokenizer beside the weights or, as in Meta's downloads, in the folder above."""
+        return tokenizer_beside((self.path, self.path.absolute().parent))
 
     def state(self) -> RunState | None:
         return None
@@ -193,17 +174,6 @@ class MetaShards:
                     f"{shard.path} holds another {name} than {self._shards[0].path.name}, though every shard has the "
                     "same one; they are not of one model: download the folder again."
                 )
-
-
-def has_tied_head(stored: NamedTensors) -> bool:
-    """Whether the head is the embedding: it is not stored, or stored a second time."""
-    if HEAD not in stored.names():
-        return True
-    if (stored.shape(HEAD), stored.dtype(HEAD)) != (stored.shape(EMBEDDING), stored.dtype(EMBEDDING)):
-        return False
-    rows, columns = stored.shape(EMBEDDING)
-    parts = [((row, 0), (min(_COMPARED_ROWS, rows - row), columns)) for row in range(0, rows, _COMPARED_ROWS)]
-    return all(torch.equal(stored.read(HEAD, *part), stored.read(EMBEDDING, *part)) for part in parts)
 
 
 def _shard_files(path: Path) -> list[Path]:

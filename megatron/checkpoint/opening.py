@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron.checkpoint.agreement import on_every_rank
+from megatron.checkpoint.dcp_metadata import METADATA_FILE
 from megatron.checkpoint.hf import CONFIG_FILE, HuggingFaceSource
 from megatron.checkpoint.legacy import LegacySource, is_legacy_tree
 from megatron.checkpoint.locate import TRACKER_FILE, find_checkpoint, list_iterations
@@ -15,6 +16,7 @@ from megatron.checkpoint.manifest import MANIFEST_FILE
 from megatron.checkpoint.meta import SHARD_PATTERN, MetaSource
 from megatron.checkpoint.native import NativeSource
 from megatron.checkpoint.source import Source
+from megatron.checkpoint.state_dict_source import StateDictSource, dcp_steps, open_dcp, open_torch_file
 from megatron.checkpoint.validity import newest_valid, open_checked
 from megatron.core.topology import Axis
 from megatron.errors import CheckpointError
@@ -99,13 +101,24 @@ def _open_hugging_face(path: Path, iteration: int | None) -> HuggingFaceSource:
 
 def _is_meta(path: Path) -> bool:
     """Some folders hold a model twice, in Meta's files and Hugging Face's: then the latter say more."""
-    return any(path.glob(SHARD_PATTERN)) and not any(path.glob("model*.safetensors*"))
+    hugging_face = [*path.glob("model*.safetensors*"), *path.glob("pytorch_model*.bin*")]
+    return any(path.glob(SHARD_PATTERN)) and not hugging_face
 
 
 def _open_meta(path: Path, iteration: int | None) -> MetaSource:
     if iteration is not None:
         raise CheckpointError(f"--load_iters {iteration}: {path} are Meta's weights, which have none; drop it.")
     return MetaSource(path)
+
+
+def _is_dcp(path: Path) -> bool:
+    return (path / METADATA_FILE).is_file() or bool(dcp_steps(path))
+
+
+def _open_file(path: Path, iteration: int | None) -> StateDictSource:
+    if iteration is not None:
+        raise CheckpointError(f"--load_iters {iteration}: {path} is a file with one model; drop it.")
+    return open_torch_file(path)
 
 
 # The order decides where two recognise a folder.
@@ -123,6 +136,8 @@ FORMATS: tuple[Format, ...] = (
         f"a folder that a run saved to (with {TRACKER_FILE}), an iter_XXXXXXX folder (with {MANIFEST_FILE})",
     ),
     Format("meta", _is_meta, _open_meta, "Meta's weights (with consolidated.00.pth and params.json)"),
+    Format("dcp", _is_dcp, open_dcp, "a tree of torch.distributed.checkpoint (with .metadata)"),
+    Format("torch", Path.is_file, _open_file, "a file of torch.save with a state dictionary (beside config.json)"),
     Format(
         "hf",
         _is_hugging_face,

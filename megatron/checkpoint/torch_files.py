@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,15 +18,15 @@ _REMAP_BYTES = 64 * 2**20
 
 
 class TorchFile:
-    """See `NamedTensors`. Mappings in mappings are flattened, their keys joined by dots; a dictionary of anything
-    else but tensors is left out.
+    """See `NamedTensors`. Mappings in mappings are flattened, their keys joined by dots; what is no tensor is left out.
 
     Raises CheckpointError if the file holds no tensors, is damaged, or brings what could run a program.
     """
 
     def __init__(self, path: Path):
         self.path = path
-        self._mapped: dict[str, Tensor] = {}
+        self._is_mapped = zipfile.is_zipfile(path)  # an older file is in memory as a whole
+        self._loaded: dict[str, Tensor] = {}
         self._num_read_bytes = 0
         self._facts = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in self._tensors().items()}
         if not self._facts:
@@ -44,14 +45,15 @@ class TorchFile:
         slices = tuple(slice(a, a + n) for a, n in zip(start, size, strict=True))
         part = self._tensors()[name][slices].clone(memory_format=torch.contiguous_format)
         self._num_read_bytes += part.nbytes
-        if self._num_read_bytes >= _REMAP_BYTES:
-            self._mapped, self._num_read_bytes = {}, 0
+        if self._is_mapped and self._num_read_bytes >= _REMAP_BYTES:
+            self._loaded, self._num_read_bytes = {}, 0
         return part
 
     def _tensors(self) -> dict[str, Tensor]:
-        if not self._mapped:
-            self._mapped = dict(_flat(read_torch_file(self.path), ""))
-        return self._mapped
+        loaded = self._loaded  # another thread may let go of it at any moment
+        if not loaded:
+            self._loaded = loaded = dict(_flat(read_torch_file(self.path), ""))
+        return loaded
 
 
 def _flat(value: Any, name: str) -> Iterator[tuple[str, Tensor]]:
