@@ -17,7 +17,7 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -47,7 +47,7 @@ from megatron.errors import CheckpointError, ConfigError
 from megatron.model.presets import MODEL_NAMES, family_defaults
 
 MODEL_TYPES = tuple(dict.fromkeys((*MODEL_NAMES, "bert")))
-LOADERS = ("auto", *(known.name for known in FORMATS))
+LOADERS: Sequence[str] = ("auto", *(known.name for known in FORMATS))
 # What weights of another family cannot agree in, whatever somebody changed in training.
 STRUCTURE = ("use_rms_norm", "glu_activation", "position_embedding_type", "qk_layernorm", "scale_embeddings")
 PIPE_COLUMNS = 200
