@@ -16,7 +16,7 @@ import verify_correctness
 from distributed import run_distributed, run_torchrun
 from finetune_runs import write_tokens
 from megatron.checkpoint.hf import HuggingFaceSource
-from megatron.checkpoint.hf_import import import_hf_folder
+from megatron.checkpoint.importing import import_weights
 from megatron.core.topology import Topology
 from megatron.errors import CheckpointError, ConfigError
 from megatron.training.comparison import Comparison, overall
@@ -48,7 +48,7 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def native(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("native") / "tiny"
-    import_hf_folder(HuggingFaceSource(llama), folder, model_name="llama2", on_bytes=lambda num_bytes: None)
+    import_weights(HuggingFaceSource(llama), folder, model_name="llama2", on_bytes=lambda num_bytes: None)
     return folder
 
 

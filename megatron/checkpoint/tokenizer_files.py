@@ -16,6 +16,7 @@ HUGGING_FACE_FILE: Final = "tokenizer.json"
 CONFIG_FILE: Final = "tokenizer_config.json"
 # What older tokenizers consist of; transformers makes a tokenizer.json of them when it loads them.
 _VOCABULARIES: Final = ("vocab.json", "vocab.txt")
+_MAIN_FILES: Final = frozenset((SENTENCEPIECE_FILE, HUGGING_FACE_FILE, *_VOCABULARIES))
 _OTHER_FILES: Final = (
     CONFIG_FILE,
     "special_tokens_map.json",
@@ -27,6 +28,11 @@ _OTHER_FILES: Final = (
 )
 
 
+def holds_tokenizer(path: Path) -> bool:
+    """Whether `path` is a tokenizer's file, or a folder with one."""
+    return path.is_file() or bool(_known_files(path).keys() & _MAIN_FILES)
+
+
 def tokenizer_files(path: Path) -> dict[str, Path]:
     """File names, as transformers knows them, -> the files of the tokenizer at `path`: a folder, or its main file.
 
@@ -36,7 +42,7 @@ def tokenizer_files(path: Path) -> dict[str, Path]:
         main = path.name if path.name in (SENTENCEPIECE_FILE, HUGGING_FACE_FILE) else _main_name(path)
         return {**_known_files(path.parent), main: path}
     files = _known_files(path)
-    if not files.keys() & {SENTENCEPIECE_FILE, HUGGING_FACE_FILE, *_VOCABULARIES}:
+    if not files.keys() & _MAIN_FILES:
         raise CheckpointError(
             f"{path} holds no tokenizer; give a folder with {HUGGING_FACE_FILE} or {SENTENCEPIECE_FILE}, or the file."
         )

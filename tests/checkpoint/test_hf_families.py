@@ -14,7 +14,7 @@ from megatron.checkpoint import hf_export
 from megatron.checkpoint.fused_qkv import grouped_qkv, split_rows
 from megatron.checkpoint.hf import HuggingFaceSource, logical_shapes
 from megatron.checkpoint.hf_export import plan_export, split_by_size, write_hf_folder
-from megatron.checkpoint.hf_import import import_hf_folder
+from megatron.checkpoint.importing import import_weights
 from megatron.checkpoint.opening import open_source
 from megatron.checkpoint.reshard import plan_resharding, reshard
 from megatron.checkpoint.source import Source
@@ -52,7 +52,7 @@ def assert_same_folders(original: Path, returned: Path):
 def test_a_round_trip_gives_back_every_bit_and_an_equal_config(name, dtype, tmp_path):
     original = save_family(tmp_path / "hf", name, dtype=dtype, max_shard_size="20KB")
     source = HuggingFaceSource(original)
-    import_hf_folder(source, tmp_path / "native", model_name=name.split()[0], on_bytes=ignore)
+    import_weights(source, tmp_path / "native", model_name=name.split()[0], on_bytes=ignore)
     native = open_source(tmp_path / "native")
     assert native.model_config() == source.model_config()
     assert_same_folders(original, to_hf(native, tmp_path / "back"))
@@ -123,7 +123,7 @@ def test_a_chain_of_layouts_ends_where_it_began(name, tmp_path):
     layers = "n_layer" if name.startswith("gpt2") else "num_hidden_layers"
     original = save_family(tmp_path / "hf", name, dtype=torch.bfloat16, max_shard_size="20KB", **{layers: 8})
     folder = tmp_path / "native"
-    import_hf_folder(HuggingFaceSource(original), folder, model_name=name.split()[0], on_bytes=ignore)
+    import_weights(HuggingFaceSource(original), folder, model_name=name.split()[0], on_bytes=ignore)
     for layout, num_chunks in CHAIN:
         plan = plan_resharding(open_source(folder), layout, num_chunks=num_chunks)
         folder = tmp_path / f"{layout} {num_chunks}"

@@ -24,7 +24,7 @@ from megatron.checkpoint.hf_export import (
     split_by_size,
     write_hf_folder,
 )
-from megatron.checkpoint.hf_import import import_hf_folder
+from megatron.checkpoint.importing import import_weights
 from megatron.checkpoint.hf_tensors import StoredTensor
 from megatron.checkpoint.manager import save
 from megatron.checkpoint.opening import open_source
@@ -44,7 +44,7 @@ def ignore(num_bytes: int) -> None:
 
 
 def to_native(folder, root, **options):
-    import_hf_folder(HuggingFaceSource(folder), root, model_name="llama2", on_bytes=ignore, **options)
+    import_weights(HuggingFaceSource(folder), root, model_name="llama2", on_bytes=ignore, **options)
     return open_source(root)
 
 
@@ -199,7 +199,7 @@ def test_an_import_reads_one_tensor_at_a_time_each_once(tmp_path, monkeypatch):
     monkeypatch.setattr(HuggingFaceSource, "read", counted)
     heard: list[int] = []
     source = HuggingFaceSource(original)
-    import_hf_folder(source, tmp_path / "native", model_name="llama2", on_bytes=heard.append)
+    import_weights(source, tmp_path / "native", model_name="llama2", on_bytes=heard.append)
     assert sorted(reads) == sorted((name, source.shape(name)) for name in source.names())
     assert sum(heard) == sum(tensor.nbytes for tensor in stored_tensors(original).values())
 
@@ -278,7 +278,7 @@ def test_an_import_that_fails_leaves_no_checkpoint(tmp_path, monkeypatch):
     source = HuggingFaceSource(original)
     (original / "model.safetensors").unlink()
     with pytest.raises(CheckpointError, match="cannot be read"):
-        import_hf_folder(source, tmp_path / "native", model_name="llama2", on_bytes=ignore)
+        import_weights(source, tmp_path / "native", model_name="llama2", on_bytes=ignore)
     assert not [path for path in (tmp_path / "native").iterdir() if not path.name.startswith(".")]
 
 

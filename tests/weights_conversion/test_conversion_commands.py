@@ -26,6 +26,7 @@ from megatron.errors import CheckpointError, ConfigError, MegatronError, Tokeniz
 from megatron.model.presets import preset
 from megatron.tokenizer.build import build_tokenizer
 from megatron.tokenizer.config import TokenizerConfig
+from meta_folders import random_weights, save_meta
 from tiny_tokenizers import SENTENCEPIECE_PIECES, TEXT, write_sentencepiece
 
 SCRIPTS = Path(__file__).parents[2] / "weights_conversion"
@@ -165,6 +166,61 @@ def test_a_longer_vocabulary_of_the_right_size_is_told_but_converted(importer, l
         f"warning: {llama} differs from the published llama2 --size 7: "
         "vocab_size is 131, there 128; rope_theta is 10000.0, there 500000.0\n"
     ) in capsys.readouterr().err
+
+
+def test_another_family_than_named_is_refused(importer, llama, tmp_path):
+    message = message_of(importer.main, "gpt2", "--out", tmp_path / "o", "--model-path", llama)
+    assert message == (
+        f"{llama} is no gpt2: use_rms_norm is True, there False; glu_activation is swiglu, there None; "
+        "position_embedding_type is rotary, there absolute. Name the family that it belongs to."
+    )
+    assert not (tmp_path / "o").exists()
+
+
+@pytest.mark.parametrize("flag", ["--cache-dir", "--model-path"])
+def test_metas_folder_is_converted_by_either_flag(importer, flag, tmp_path):
+    weights = random_weights()
+    folder = save_meta(tmp_path / "meta", weights, 2)
+    write_sentencepiece(folder)
+    importer.main(["llama2", f"--out={tmp_path / 'o'}", f"{flag}={folder}"])
+    source = open_source(tmp_path / "o")
+    assert source.model_name() == "llama2"
+    for name, tensor in weights.items():
+        assert torch.equal(source.read(f"model.{name}", (0,) * tensor.dim(), tensor.shape), tensor)
+    tokenizer = tmp_path / "o" / "tokenizer" / "tokenizer.model"
+    assert tokenizer.read_bytes() == (folder / "tokenizer.model").read_bytes()
+    assert source.tokenizer().tokenizer_model == str(tokenizer)
+
+
+def test_a_model_path_counts_before_files_of_metas_in_the_cache_folder(importer, llama, tmp_path):
+    cache = save_meta(tmp_path / "meta", random_weights(), 1)
+    importer.main(["llama2", f"--out={tmp_path / 'o'}", f"--cache-dir={cache}", f"--model-path={llama}"])
+    assert open_source(tmp_path / "o").model_config().hidden_size == 36
+
+
+def test_a_size_is_checked_against_metas_files(importer, tmp_path):
+    folder = save_meta(tmp_path / "meta", random_weights(), 1)
+    message = message_of(importer.main, "llama2", "--size=7", "--out", tmp_path / "o", "--cache-dir", folder)
+    assert message.startswith(f"{folder} is not llama2 --size 7: num_layers is ")
+
+
+def test_pickled_weights_and_older_tokenizers_are_converted(importer, llama, tmp_path):
+    folder = tmp_path / "old"
+    folder.mkdir()
+    shutil.copyfile(llama / "config.json", folder / "config.json")
+    torch.save(stored_tensors(llama), folder / "pytorch_model.bin")
+    (folder / "vocab.json").write_text("{}")
+    (folder / "merges.txt").write_text("")
+    importer.main(["llama2", f"--out={tmp_path / 'o'}", f"--model-path={folder}"])
+    stored = stored_tensors(llama)["lm_head.weight"]
+    assert torch.equal(open_source(tmp_path / "o").read("model.head.weight", (0, 0), stored.shape), stored)
+    assert sorted(file.name for file in (tmp_path / "o" / "tokenizer").iterdir()) == ["merges.txt", "vocab.json"]
+
+
+def test_a_checkpoint_of_a_run_needs_no_import(importer, native, tmp_path):
+    assert message_of(importer.main, "llama2", "--out", tmp_path / "o", "--model-path", native) == (
+        f"{native} is a checkpoint of a run already; load it as it is, or rewrite it with tools/checkpoint_util.py."
+    )
 
 
 def test_models_that_cannot_be_converted_are_not_offered(importer, tmp_path):
