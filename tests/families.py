@@ -42,6 +42,28 @@ GPT2_NAMES = {
     "mlp.c_fc": "mlp.up",
     "mlp.c_proj": "mlp.down",
 }
+BERT_NAMES = {
+    "attention.self.query": "attention.q",
+    "attention.self.key": "attention.k",
+    "attention.self.value": "attention.v",
+    "attention.output.dense": "attention.output",
+    "attention.output.LayerNorm": "attention_norm",
+    "intermediate.dense": "mlp.up",
+    "output.dense": "mlp.down",
+    "output.LayerNorm": "mlp_norm",
+}
+BERT_ENDS = {
+    "bert.embeddings.word_embeddings": "embedding.word",
+    "bert.embeddings.position_embeddings": "embedding.position",
+    "bert.embeddings.token_type_embeddings": "embedding.token_type",
+    "bert.embeddings.LayerNorm": "embedding.norm",
+    "bert.pooler.dense": "pooler",
+    "cls.predictions.transform.dense": "head.transform",
+    "cls.predictions.transform.LayerNorm": "head.norm",
+    "cls.predictions": "head",
+    "cls.predictions.decoder": "head",
+    "cls.seq_relationship": "next_sentence",
+}
 ENDS = {
     "model.embed_tokens.weight": "embedding.word.weight",
     "model.norm.weight": "final_norm.weight",
@@ -83,7 +105,7 @@ def transformers_model(family: str, config: ModelConfig, read: Callable[[Region]
             part.forward = _norm_in_its_own_type.__get__(part)
         elif type(part).__name__ == "GemmaTextScaledWordEmbedding":
             part.embed_scale = torch.tensor(math.sqrt(config.hidden_size), dtype=torch.float64)
-    views = {"falcon": _falcon_views, "gpt2": _gpt2_views}.get(family, _llama_views)
+    views = {"falcon": _falcon_views, "gpt2": _gpt2_views, "bert": _bert_views}.get(family, _llama_views)
     theirs = TheirModel(module, lambda name, tensor: views(config, name, tensor))
     with torch.no_grad():
         for parameter_name, parameter in module.named_parameters():
@@ -132,6 +154,14 @@ def _gpt2_views(config: ModelConfig, name: str, tensor: Tensor) -> dict[str, Ten
     if part in GPT2_NAMES:
         return {f"layers.{layer}.{GPT2_NAMES[part]}.{kind}": tensor}
     return {f"layers.{layer}.attention.{head}.{kind}": view for head, view in zip("qkv", tensor.chunk(3), strict=True)}
+
+
+def _bert_views(config: ModelConfig, name: str, tensor: Tensor) -> dict[str, Tensor]:
+    part, kind = name.rsplit(".", 1)
+    if part in BERT_ENDS:
+        return {f"{BERT_ENDS[part]}.{kind}": tensor}
+    _, _, _, layer, part = part.split(".", 4)
+    return {f"layers.{layer}.{BERT_NAMES[part]}.{kind}": tensor}
 
 
 def _sizes(config: ModelConfig) -> dict[str, Any]:
@@ -233,6 +263,26 @@ def _gpt2(config: ModelConfig) -> nn.Module:
     )
 
 
+def _bert(config: ModelConfig) -> nn.Module:
+    from transformers import BertConfig, BertForPreTraining
+
+    return BertForPreTraining(
+        BertConfig(
+            vocab_size=config.vocab_size,
+            hidden_size=config.hidden_size,
+            intermediate_size=config.ffn_hidden_size,
+            num_hidden_layers=config.num_layers,
+            num_attention_heads=config.num_attention_heads,
+            max_position_embeddings=config.max_position_embeddings,
+            type_vocab_size=config.num_token_types,
+            layer_norm_eps=config.layernorm_epsilon,
+            tie_word_embeddings=config.tie_embed_logits,
+            pad_token_id=None,
+            attn_implementation="sdpa",
+        )
+    )
+
+
 _MAKERS: Mapping[str, Callable[[ModelConfig], nn.Module]] = {
     "llama": _llama,
     "mistral": _mistral,
@@ -241,6 +291,7 @@ _MAKERS: Mapping[str, Callable[[ModelConfig], nn.Module]] = {
     "gemma": _gemma,
     "falcon": _falcon,
     "gpt2": _gpt2,
+    "bert": _bert,
 }
 
 

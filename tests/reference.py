@@ -54,6 +54,15 @@ FAMILIES: Mapping[str, Mapping[str, object]] = {
         "tie_embed_logits": True,
     },
 }
+BERT: Mapping[str, object] = {
+    **FAMILIES["gpt2"],
+    "mlp_activation": "gelu",
+    "use_post_ln": True,
+    "bidirectional": True,
+    "num_token_types": 2,
+    "embedding_layernorm": True,
+    "bert_head": True,
+}
 
 
 def tiny_config(**overrides: object) -> ModelConfig:

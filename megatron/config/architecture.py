@@ -27,6 +27,9 @@ _MARKS_OF_A_FAMILY: Final = (
     "qk_layernorm",
     "apply_layernorm_1p",
     "scale_embeddings",
+    "use_post_ln",
+    "bidirectional",
+    "bert_head",
 )
 _POSITIVE: Final = (
     "num_layers",

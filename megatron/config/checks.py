@@ -81,3 +81,12 @@ def check_data(run: RunConfig) -> None:
         raise ConfigError(
             f"--eval_iters {eval_iters} has no validation data to read; give --valid_data_path, or --eval_iters 0."
         )
+
+
+def check_trainable(run: RunConfig) -> None:
+    """There are samples for the heads that the model has."""
+    if run.model.bert_head:
+        raise ConfigError(
+            f"--model_name {run.training.model_name} has BERT's heads, whose training needs masked pairs of texts, and "
+            "that dataset is not available yet; convert and verify BERT models, and train a decoder."
+        )

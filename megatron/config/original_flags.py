@@ -147,17 +147,12 @@ REFUSED: Final[Mapping[str, str]] = MappingProxyType(
             "log_params_norm log_num_zeros_in_grad",
             "is not available yet; the log has the gradient norm. Drop it.",
         ),
-        **_alike(
-            "use_post_ln apply_residual_connection_post_layernorm",
-            "is not available: every norm comes before its sublayer; drop it.",
+        "apply_residual_connection_post_layernorm": (
+            "is not available: norms come before their sublayers, or behind both with --use_post_ln; drop it."
         ),
         "init_method_xavier_uniform": "is not available: initial weights are normal; use --init_method_std.",
         "data_parallel_random_init": "is not available: data-parallel processes hold the same weights; drop it.",
         "distribute_saved_activations": "is not available; --sequence_parallel cuts what is kept over the tensor axis.",
-        **_alike(
-            "reset_position_ids reset_attention_mask eod_mask_loss",
-            "is not available yet: the documents of a sample are read as one text; drop it.",
-        ),
         "variable_seq_lengths": "is not available yet: every sample has --seq_length tokens; drop it.",
         **_alike(
             "pipeline_model_parallel_split_rank standalone_embedding_stage",

@@ -6,13 +6,12 @@ from torch import Tensor, nn
 
 from megatron.core.random import DropoutStreams
 from megatron.core.recompute import Checkpoint
-from megatron.core.tensor_parallel.parameters import replicated_gradient
 from megatron.core.topology import Axis
 from megatron.model.attention import SelfAttention
 from megatron.model.attention_kernels import AttentionKernel, AttentionPattern
 from megatron.model.config import ModelConfig
 from megatron.model.mlp import MLP
-from megatron.model.norm import Norm
+from megatron.model.norm import make_norm
 
 
 class TransformerLayer(nn.Module):
@@ -43,7 +42,7 @@ class TransformerLayer(nn.Module):
             checkpoint_core=checkpoint_core,
             compile=compile,
         )
-        self.is_parallel = config.parallel_attn
+        self.is_parallel, self.is_post_norm = config.parallel_attn, config.use_post_ln
         has_mlp_norm = config.parallel_layernorm or not config.parallel_attn
         mlp_norm = f"layers.{layer}.mlp_norm"
         self.mlp_norm = make_norm(config, mlp_norm, sequence_parallel, compile=compile) if has_mlp_norm else None
@@ -52,27 +51,25 @@ class TransformerLayer(nn.Module):
     def forward(
         self, x: Tensor, rotary: Tensor | None, pattern: AttentionPattern, streams: DropoutStreams | None
     ) -> Tensor:
-        normed = self.attention_norm(x)
-        attended = self.attention(normed, rotary, pattern, streams)
         if self.is_parallel:
-            mlp_input = normed if self.mlp_norm is None else self.mlp_norm(x)
-            return x + self._drop(attended + self.mlp(mlp_input), "parallel_output", streams)
+            return self._side_by_side(x, rotary, pattern, streams)
+        normed = x if self.is_post_norm else self.attention_norm(x)
+        attended = self._drop(self.attention(normed, rotary, pattern, streams), "attention_output", streams)
         assert self.mlp_norm is not None
-        x, normed = self.mlp_norm.after_residual(x, self._drop(attended, "attention_output", streams))
+        if self.is_post_norm:
+            _, x = self.attention_norm.after_residual(x, attended)
+            _, x = self.mlp_norm.after_residual(x, self._drop(self.mlp(x), "mlp_output", streams))
+            return x
+        x, normed = self.mlp_norm.after_residual(x, attended)
         return x + self._drop(self.mlp(normed), "mlp_output", streams)
+
+    def _side_by_side(
+        self, x: Tensor, rotary: Tensor | None, pattern: AttentionPattern, streams: DropoutStreams | None
+    ) -> Tensor:
+        normed = self.attention_norm(x)
+        for_mlp = normed if self.mlp_norm is None else self.mlp_norm(x)
+        both = self.attention(normed, rotary, pattern, streams) + self.mlp(for_mlp)
+        return x + self._drop(both, "parallel_output", streams)
 
     def _drop(self, x: Tensor, site: str, streams: DropoutStreams | None) -> Tensor:
         return x if streams is None else streams.dropout(x, self.dropout, layer=self.layer, site=site, shard=self.shard)
-
-
-def make_norm(config: ModelConfig, name: str, sequence_parallel: bool, *, compile: bool = False) -> Norm:
-    """The norm this architecture uses everywhere, over the hidden dimension."""
-    return Norm(
-        name,
-        config.hidden_size,
-        epsilon=config.layernorm_epsilon,
-        use_rms_norm=config.use_rms_norm,
-        one_plus=config.apply_layernorm_1p,
-        gradient=replicated_gradient(sequence_parallel),
-        compile=compile,
-    )

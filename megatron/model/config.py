@@ -74,6 +74,13 @@ class ModelConfig:
     scale_embeddings: bool = field(
         default=False, metadata={"help": "multiply word embeddings by sqrt(hidden_size) (Gemma)"}
     )
+    use_post_ln: bool = field(
+        default=False, metadata={"help": "norms behind the sums of attention and MLP, not before these (BERT)"}
+    )
+    bidirectional: bool = False  # a token attends to those after it as well
+    num_token_types: int = 0  # learned vectors that tell apart the texts of a sample
+    embedding_layernorm: bool = False  # on the sum of all embeddings
+    bert_head: bool = False  # masked tokens and next sentence: `megatron.model.bert.BertHead`
     qkv_bias: bool = False
     attention_output_bias: bool = False
     mlp_bias: bool = False
@@ -110,6 +117,16 @@ class ModelConfig:
             raise ConfigError(
                 "--parallel_layernorm gives the MLP beside the attention a norm of its own, and without "
                 "--parallel_attn they are not side by side; add it, or drop --parallel_layernorm."
+            )
+        if self.use_post_ln and self.parallel_attn:
+            raise ConfigError(
+                "--use_post_ln has a norm between attention and MLP, and --parallel_attn puts them side by side; "
+                "drop one of them."
+            )
+        if self.bidirectional and self.sliding_window_size is not None:
+            raise ConfigError(
+                f"--sliding_window_size {self.sliding_window_size} is a window on the past, and this model attends "
+                "both ways; drop it."
             )
         if self.sliding_window_size is not None and self.sliding_window_size < 1:
             raise ConfigError(

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from megatron.core.fusion import compiled
 from megatron.core.sharding import Block, GradientKind, ShardSpec
-from megatron.core.tensor_parallel.parameters import ShardedModule
+from megatron.core.tensor_parallel.parameters import ShardedModule, replicated_gradient
+from megatron.model.config import ModelConfig
 
 
 class Norm(ShardedModule):
@@ -55,6 +56,19 @@ class Norm(ShardedModule):
             return compiled(add_and_normalise)(residual, x, self.weight, self.bias, self.epsilon, self.one_plus)
         residual = residual + x
         return residual, self(residual)
+
+
+def make_norm(config: ModelConfig, name: str, sequence_parallel: bool, *, compile: bool = False) -> Norm:
+    """The norm this architecture uses everywhere, over the hidden dimension."""
+    return Norm(
+        name,
+        config.hidden_size,
+        epsilon=config.layernorm_epsilon,
+        use_rms_norm=config.use_rms_norm,
+        one_plus=config.apply_layernorm_1p,
+        gradient=replicated_gradient(sequence_parallel),
+        compile=compile,
+    )
 
 
 def normalise(x: Tensor, weight: Tensor, bias: Tensor | None, epsilon: float, one_plus: bool = False) -> Tensor:

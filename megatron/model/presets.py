@@ -75,6 +75,19 @@ _GPT2_ARCHITECTURE: Mapping[str, Any] = {
     "max_position_embeddings": 1024,
 }
 
+_BERT_ARCHITECTURE: Mapping[str, Any] = {
+    **_GPT2_ARCHITECTURE,
+    "layernorm_epsilon": 1e-12,
+    "mlp_activation": "gelu",
+    "use_post_ln": True,
+    "bidirectional": True,
+    "num_token_types": 2,
+    "embedding_layernorm": True,
+    "bert_head": True,
+    "vocab_size": 30522,
+    "max_position_embeddings": 512,
+}
+
 _QWEN_ARCHITECTURE: Mapping[str, Any] = {
     **_LLAMA_ARCHITECTURE,
     "layernorm_epsilon": 1e-6,
@@ -123,6 +136,8 @@ _LLAMA3_70B: Mapping[str, Any] = _size(80, 8192, 64, 8, 28672)
 _LLAMA3_405B: Mapping[str, Any] = _size(126, 16384, 128, 8, 53248, **_stretched(8.0))
 
 _MISTRAL_7B: Mapping[str, Any] = _LLAMA3_8B
+_BERT_BASE: Mapping[str, Any] = _size(12, 768, 12, 12, 3072)
+_BERT_LARGE: Mapping[str, Any] = _size(24, 1024, 16, 16, 4096)
 _QWEN2_05B: Mapping[str, Any] = _size(24, 896, 14, 2, 4864, **_TIED)
 _QWEN2_15B: Mapping[str, Any] = _size(28, 1536, 12, 2, 8960, **_TIED)
 _QWEN2_7B: Mapping[str, Any] = _size(28, 3584, 28, 4, 18944, **_QWEN2_LARGE)
@@ -263,6 +278,21 @@ _FAMILIES: Final[Mapping[str, _Family]] = MappingProxyType(
             _GEMMA_ARCHITECTURE,
             {"2": _size(18, 2048, 8, 1, 16384, kv_channels=256), "7": _size(28, 3072, 16, 16, 24576, kv_channels=256)},
             {size: f"google/gemma-{size}b" for size in ("2", "7")},
+        ),
+        "bert": _Family(
+            _BERT_ARCHITECTURE,
+            {
+                "base": _BERT_BASE,
+                "large": _BERT_LARGE,
+                "base-cased": {**_BERT_BASE, "vocab_size": 28996},
+                "large-cased": {**_BERT_LARGE, "vocab_size": 28996},
+            },
+            {
+                "base": "google-bert/bert-base-uncased",
+                "large": "google-bert/bert-large-uncased",
+                "base-cased": "google-bert/bert-base-cased",
+                "large-cased": "google-bert/bert-large-cased",
+            },
         ),
     }
 )

@@ -49,6 +49,15 @@ FIRST_FIELDS = frozenset(
             "everything before.",
         ),
         (
+            {"use_post_ln": True, "parallel_attn": True},
+            "--use_post_ln has a norm between attention and MLP, and --parallel_attn puts them side by side; drop one "
+            "of them.",
+        ),
+        (
+            {"bidirectional": True, "sliding_window_size": 4},
+            "--sliding_window_size 4 is a window on the past, and this model attends both ways; drop it.",
+        ),
+        (
             {"glu_activation": "swiglu", "mlp_activation": "gelu_tanh"},
             "--mlp_activation gelu_tanh is of an MLP without a gate, and --glu_activation is swiglu; drop one of them "
             "(geglu_tanh is the gated one).",

@@ -60,6 +60,11 @@ PARAMETERS = {
     ("qwen3", "32"): 32_762_123_264,
     ("gemma", "2"): 2_506_172_416,
     ("gemma", "7"): 8_537_680_896,
+    # With both heads of pretraining.
+    ("bert", "base"): 110_106_428,
+    ("bert", "large"): 336_226_108,
+    ("bert", "base-cased"): 108_932_934,
+    ("bert", "large-cased"): 334_661_958,
 }
 
 
@@ -70,6 +75,9 @@ def count_parameters(c: ModelConfig) -> int:
     layer = (2 * q + 2 * kv) * h + matrices * f * h
     layer += (q + 2 * kv) * c.qkv_bias + h * c.attention_output_bias + ((matrices - 1) * f + h) * c.mlp_bias
     layer += norm * (2 if c.parallel_layernorm or not c.parallel_attn else 1) + 2 * d * c.qk_layernorm
+    if c.bert_head:
+        heads = 2 * (h * h + h) + norm + c.vocab_size + 2 * h + 2
+        return (c.vocab_size + c.max_position_embeddings + 2) * h + norm + c.num_layers * layer + heads
     positions = c.max_position_embeddings * h if c.position_embedding_type == "absolute" else 0
     num_vocabulary_matrices = 1 if c.tie_embed_logits else 2
     return num_vocabulary_matrices * c.vocab_size * h + positions + c.num_layers * layer + norm
@@ -123,6 +131,7 @@ def test_every_preset_agrees_with_what_its_family_fixes_but_for_known_exceptions
         ("qwen2", "2.5-14", 131072, 1e-5, 1e6, None),
         ("qwen3", "8", 40960, 1e-6, 1e6, None),
         ("gemma", "7", 8192, 1e-6, 1e4, None),
+        ("bert", "large", 512, 1e-12, 1e4, None),
     ],
 )
 def test_numbers_that_do_not_show_in_the_parameter_count_are_the_published_ones(
@@ -137,10 +146,10 @@ def test_numbers_that_do_not_show_in_the_parameter_count_are_the_published_ones(
         assert dataclasses.astuple(config.rope_scaling) == ("llama3", factor, 1.0, 4.0, 8192)
 
 
-def test_only_the_oldest_family_trains_with_dropout_unless_asked():
+def test_only_the_oldest_families_train_with_dropout_unless_asked():
     rates = {(name, config.hidden_dropout, config.attention_dropout) for (name, _), config in PRESETS.items()}
-    assert {name for name, *dropouts in rates if dropouts != [0.0, 0.0]} == {"gpt2"}
-    assert ("gpt2", 0.1, 0.1) in rates
+    assert {name for name, *dropouts in rates if dropouts != [0.0, 0.0]} == {"gpt2", "bert"}
+    assert {("gpt2", 0.1, 0.1), ("bert", 0.1, 0.1)} <= rates
 
 
 def test_only_the_first_mistral_has_a_window():
@@ -178,7 +187,7 @@ def test_presets_cannot_be_changed():
         (
             lambda: family_defaults("xyz"),
             "--model_name xyz is unknown; use one of gpt, llama, llama2, codellama, llama3, falcon, mistral, gpt2, "
-            "qwen2, qwen3, gemma.",
+            "qwen2, qwen3, gemma, bert.",
         ),
     ],
 )
