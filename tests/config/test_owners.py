@@ -103,6 +103,9 @@ def test_training_values_that_no_run_can_use(values, expected):
     [
         ({"save_interval": 5}, "--save_interval 5 has no folder; give --save PATH, or drop --save_interval."),
         ({"save": "x", "save_interval": 0}, "--save_interval 0 is too small; use 1 or more."),
+        ({"keep_last": 2}, "--keep_last 2 has no folder; give --save PATH, or drop --keep_last."),
+        ({"save": "x", "keep_last": 0}, "--keep_last 0 is too small; use 1 or more."),
+        ({"async_save": True}, "--async_save has no folder; give --save PATH, or drop --async_save."),
         ({"load_iters": 5}, "--load_iters 5 has no folder; give --load PATH, or drop --load_iters."),
         ({"load": "x", "load_iters": -1}, "--load_iters -1 is too small; use 0 or more."),
         (
