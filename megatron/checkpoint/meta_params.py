@@ -19,6 +19,7 @@ from megatron.model.presets import PRESETS
 
 PARAMS_FILE: Final = "params.json"
 
+_FAMILIES: Final = ("llama", "llama2", "codellama", "llama3", "mistral")
 _UNSUPPORTED: Final = ("quantization_args", "lora_args", "moe", "moe_args")
 _SIZES: Final = ("num_layers", "hidden_size", "num_attention_heads", "num_attention_heads_kv", "ffn_hidden_size")
 # The feed-forward width of a gated MLP with as many weights as a plain one of width 4h, rounded up to this.
@@ -57,6 +58,10 @@ def model_config_from_params(
     `family` ("llama2") decides the context length, which no weight depends on; by default it is concluded from what
     tells the generations apart. Raises CheckpointError naming the key that is missing or wrong.
     """
+    if family not in (None, *_FAMILIES):
+        raise CheckpointError(
+            f"{file} describes no {family}: Meta's format is that of {', '.join(_FAMILIES)}; give one."
+        )
     declared = params.get("vocab_size", -1)
     if declared not in (-1, vocab_size):
         raise CheckpointError(

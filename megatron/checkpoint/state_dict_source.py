@@ -149,6 +149,9 @@ class StateDictSource:
             return
         self._tensors |= {f"optimizer.{m}": self._named(Renamed(self._stored, moments[m])) for m in _MOMENTS}
         self._num_steps = int(self._scalar(steps[0]))
+        logger.info(
+            "%s: with Adam's state after %d steps; its place in the data is not known", self.path, self._num_steps
+        )
 
     def _defect(self, moments: dict[str, dict[str, str]], steps: Sequence[str]) -> str | None:
         stored = set(self._stored.names())
@@ -194,7 +197,7 @@ def _hugging_faces_weights(stored: NamedTensors, description: Description) -> _W
             f"{stored.path} has no {EMBEDDING}, so that its tensors are not those that {description.file} describes; "
             f"give the model's {CONFIG_FILE}."
         )
-    family, model = family_of(description.content, str(description.file)), None
+    family = family_of(description.content, str(description.file))
     model = model_config_from_hf(description.content, str(description.file))
     embedding, head = (
         f"{next(module.name for module in family.modules if part in module.parts)}.weight"

@@ -229,6 +229,25 @@ def test_explicit_widths_and_a_window_are_taken_as_they_are(tmp_path):
     assert (model.kv_channels, model.ffn_hidden_size, model.sliding_window_size) == (24, 96, 4096)
 
 
+def test_a_family_that_meta_has_not_published_is_named(pristine):
+    assert MetaSource(pristine, family="llama").model_config().max_position_embeddings == 2048
+    assert MetaSource(pristine, family="llama").model_name() == "llama"
+    with pytest.raises(
+        CheckpointError, match=r"params.json describes no falcon: Meta's format is that of llama, llama2"
+    ):
+        MetaSource(pristine, family="falcon")
+
+
+def test_files_in_the_old_format_of_torch_save_are_read(tmp_path):
+    weights = random_weights()
+    save_meta(tmp_path, weights)
+    file = tmp_path / "consolidated.00.pth"
+    torch.save(torch.load(file, weights_only=True), file, _use_new_zipfile_serialization=False)
+    source = MetaSource(tmp_path)
+    for name, tensor in weights.items():
+        assert torch.equal(_whole(source, f"model.{name}"), tensor)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

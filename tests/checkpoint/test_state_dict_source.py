@@ -55,11 +55,12 @@ def llama(tmp_path_factory):
 
 @pytest.mark.parametrize("app", [False, True], ids=["torchtitan", "nested in app"])
 @pytest.mark.parametrize("world_size", [2, 4])
-def test_a_sharded_run_comes_over_with_weights_moments_and_step(world_size, app, tmp_path):
+def test_a_sharded_run_comes_over_with_weights_moments_and_step(world_size, app, tmp_path, caplog):
     weights, gradients, expected, moments, named = trained()
     folder = write_params(tmp_path / "checkpoint") / "step-1000"
     run_distributed(save_sharded_run, world_size, folder, meta_state(weights), meta_state(gradients), app)
-    source = open_dcp(folder)
+    with caplog.at_level(logging.INFO):
+        source = open_dcp(folder)
     for name, tensor in expected.items():
         assert torch.equal(whole(source, f"model.{name}"), tensor), name
         for moment in MOMENTS:
@@ -67,6 +68,7 @@ def test_a_sharded_run_comes_over_with_weights_moments_and_step(world_size, app,
     assert len(source.names()) == 3 * len(expected)
     state = source.state()
     assert (state.iteration, state.optimizer) == (2 if app else 1000, {"name": "adam", "num_steps": 2})
+    assert "its place in the data is not known" in caplog.text
     assert (source.model_config().rope_theta, source.model_config().num_attention_heads_kv) == (1e4, 4)
 
 
@@ -278,6 +280,12 @@ def test_a_single_file_with_a_full_state_dictionary_is_a_source(wrap, llama, tmp
     assert source.names() == reference.names()
     for name in reference.names():
         assert torch.equal(whole(source, name), whole(reference, name))
+
+
+def test_a_single_file_has_no_iterations(tmp_path):
+    torch.save({"weight": torch.ones(2)}, tmp_path / "model.pt")
+    with pytest.raises(CheckpointError, match=r"--load_iters 3: .*model.pt is a file with one model; drop it"):
+        open_source(tmp_path / "model.pt", 3)
 
 
 def test_a_single_file_that_would_run_a_program_is_refused(tmp_path):
