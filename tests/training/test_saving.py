@@ -29,9 +29,11 @@ from finetune_runs import (
 from megatron.checkpoint import manager
 from megatron.checkpoint.locate import list_iterations
 from megatron.checkpoint.opening import open_source
+from megatron.checkpoint.snapshot import snapshot_bytes
 from megatron.checkpoint.source import RunState
 from megatron.core.topology import Topology
 from megatron.data.loader import StepLoader
+from megatron.training import checkpointing
 from megatron.training.sinks import METRICS_FILE, read_metrics
 from other_runs import another_process_owns
 
@@ -247,3 +249,29 @@ def test_a_disk_without_room_for_a_checkpoint_is_told_before_training(data, tmp_
     assert ending.status == 2 and "lm loss" not in ending.out
     assert f"CheckpointError: {tmp_path} has 0.000 GiB free, and a checkpoint needs 0.000 GiB; free some" in ending.err
     assert not list(tmp_path.glob(".tmp-*"))
+
+
+def bytes_of_the_copy(argv: list[str]) -> tuple[int, str]:
+    """On a rank: what the copies really take, and what the run prints."""
+    counted = 0
+    check = checkpointing.check_host_memory
+
+    def counting(tensors, world) -> None:
+        nonlocal counted
+        counted = snapshot_bytes(tensors)
+        check(tensors, world)
+
+    checkpointing.check_host_memory = counting
+    (ending,) = run_in_turn([argv])
+    assert ending.status == 0, ending.err
+    return counted, ending.out
+
+
+@pytest.mark.parametrize("flags", [{}, {"zero_stage": 2}, {"pipeline_model_parallel_size": 2, "no_save_optim": None}])
+def test_the_summary_says_what_is_kept_and_what_the_copies_take(flags, data, tmp_path):
+    argv = command(data, save=tmp_path, async_save=None, keep_last=2, save_interval=3, train_iters=1, **flags)
+    (first, output), (second, _) = run_distributed(bytes_of_the_copy, 2, argv)
+    assert (
+        f"save       {tmp_path}, every 3 iterations and at the end, keeping the last 2, "
+        f"from a copy of {max(first, second) / 2**20:.2f} MiB of host memory a process\n"
+    ) in output
