@@ -29,8 +29,8 @@ from megatron.checkpoint.source import MODEL, LocalTensor, Source
 from megatron.cli import ArgumentParser, run_and_leave
 from megatron.config import RunConfig, TypedFlags, checkpoint_arguments, parse_run, resolve
 from megatron.core.topology import Topology, launch_environment
-from megatron.data.gpt import GPTDataset
 from megatron.data.loader import Batch, batches_for_step
+from megatron.data.sample import SampleSource, TrainingData
 from megatron.errors import CheckpointError, ConfigError
 from megatron.model.presets import hub_name
 from megatron.tokenizer import fit_to_vocabulary
@@ -155,7 +155,7 @@ def _resolve(typed: TypedFlags, world_size: int, source: Source) -> RunConfig:
     return resolve(TypedFlags(sections), world_size, checkpoint=arguments)
 
 
-def _open_data(run: RunConfig) -> GPTDataset | None:
+def _open_data(run: RunConfig) -> TrainingData | None:
     """None for random tokens."""
     if run.data.data_path == (RANDOM_TOKENS,):
         return None
@@ -204,7 +204,7 @@ def _random_batches(run: RunConfig, topology: Topology) -> list[Batch]:
     return batches
 
 
-def _data_batches(run: RunConfig, topology: Topology, dataset: GPTDataset) -> list[Batch]:
+def _data_batches(run: RunConfig, topology: Topology, dataset: SampleSource) -> list[Batch]:
     batches = batches_for_step(
         dataset,
         consumed_samples=0,

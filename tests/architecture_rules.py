@@ -64,7 +64,7 @@ OPTIONAL_PACKAGES = frozenset(
 UNPICKLERS = frozenset({"megatron.checkpoint.inert_pickle"})
 MESH_MAKERS = frozenset({"init_process_group", "init_device_mesh", "DeviceMesh"})
 IMMUTABLE_CALLS = (
-    frozenset({"MappingProxyType", "frozenset", "partial", "range", "tuple"})
+    frozenset({"MappingProxyType", "frozenset", "join", "partial", "range", "replace", "tuple"})
     | {"bytes", "float", "int", "len", "max", "min", "str"}
     | {"Path", "PurePosixPath", "Struct", "compile", "getattr", "itemgetter", "timedelta"}
     | {"NewType", "ParamSpec", "TypeVar", "get_args", "getLogger"}

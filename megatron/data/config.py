@@ -4,27 +4,42 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from megatron.data.blend import parse_blend, parse_named_blends
 from megatron.errors import ConfigError
 
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """One source cut by `split`, or one source each for training, validation and test.
+    """Data cut by `split`, or data of its own each for training, validation and test.
 
-    A source is the prefix of a .bin/.idx pair, or a .jsonl or .txt file that is tokenized once into a cache.
+    Data is the prefix of a .bin/.idx pair, or a .jsonl or .txt file that is tokenized once into a cache; or several of
+    them, served by their sizes or by the weights before them.
     """
 
     data_path: tuple[str, ...] = field(
         default=(),
-        metadata={"metavar": "PATH", "help": "prefix of a .bin/.idx pair, or a .jsonl or .txt file, cut by --split"},
+        metadata={
+            "metavar": "[WEIGHT] PATH",
+            "help": "prefix of a .bin/.idx pair, or a .jsonl or .txt file, cut by --split; several are blended",
+        },
     )
     train_data_path: tuple[str, ...] = field(
-        default=(), metadata={"metavar": "PATH", "help": "training data of its own; not with data_path"}
+        default=(), metadata={"metavar": "[WEIGHT] PATH", "help": "training data of its own; not with data_path"}
     )
     valid_data_path: tuple[str, ...] = field(
-        default=(), metadata={"metavar": "PATH", "help": "validation data of its own"}
+        default=(),
+        metadata={
+            "metavar": "[WEIGHT] PATH",
+            "help": "validation data of its own; NAME=PATH ... for several sets, each evaluated under its name",
+        },
     )
-    test_data_path: tuple[str, ...] = field(default=(), metadata={"metavar": "PATH", "help": "test data of its own"})
+    test_data_path: tuple[str, ...] = field(
+        default=(), metadata={"metavar": "[WEIGHT] PATH", "help": "test data of its own"}
+    )
+    max_epochs_per_dataset: float | None = field(
+        default=None,
+        metadata={"help": "how often training may read each dataset; the others of a blend then take its share"},
+    )
     split: str = field(
         default="969,30,1", metadata={"help": "shares of --data_path's documents for training, validation and test"}
     )
@@ -39,6 +54,9 @@ class DataConfig:
         default=None,
         metadata={"metavar": "PATH", "help": "folder for tokenized files and sample indices; default: beside the data"},
     )
+    reset_position_ids: bool = field(default=False, metadata={"help": "count positions anew in each document"})
+    reset_attention_mask: bool = field(default=False, metadata={"help": "attention stays inside each document"})
+    eod_mask_loss: bool = field(default=False, metadata={"help": "what follows the end of a document is no target"})
     num_workers: int = field(default=2, metadata={"help": "threads that read ahead; 0: read when needed"})
 
     def __post_init__(self) -> None:
@@ -54,18 +72,20 @@ class DataConfig:
         """Whether training, validation and test each have a source, instead of shares of one."""
         return bool(self.train_data_path or self.valid_data_path or self.test_data_path)
 
+    @property
+    def _evaluated(self) -> dict[str, tuple[str, ...]]:
+        return {"--valid_data_path": self.valid_data_path, "--test_data_path": self.test_data_path}
+
     def _check_sources(self) -> None:
-        own = {
-            "--train_data_path": self.train_data_path,
-            "--valid_data_path": self.valid_data_path,
-            "--test_data_path": self.test_data_path,
-        }
-        for flag, paths in {"--data_path": self.data_path, **own}.items():
-            if len(paths) > 1:
-                raise ConfigError(
-                    f"{flag} {' '.join(paths)} names {len(paths)} values, and several or weighted datasets cannot be "
-                    "blended yet; join them with tools/merge_datasets.py and give the one prefix it writes."
-                )
+        for flag, paths in (("--data_path", self.data_path), ("--train_data_path", self.train_data_path)):
+            parse_blend(flag, paths)
+        own = {"--train_data_path": self.train_data_path, **self._evaluated}
+        for flag, paths in self._evaluated.items():
+            parse_named_blends(flag, paths, "")
+        if self.max_epochs_per_dataset is not None and not self.max_epochs_per_dataset > 0:
+            raise ConfigError(
+                f"--max_epochs_per_dataset {self.max_epochs_per_dataset:g} reads nothing; use 1, say, or leave it out."
+            )
         if not self.has_own_sources:
             return
         if self.data_path:

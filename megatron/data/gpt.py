@@ -94,7 +94,7 @@ class GPTDataset(GPTSamples):
         seed: int,
         *,
         drop_last_partial: bool = True,
-        bounds: DocumentBounds = DocumentBounds(),  # noqa: B008 - frozen
+        bounds: DocumentBounds = DocumentBounds(),
         cache_path: Path | None = None,
     ):
         _check_request(indexed, document_range, num_samples, sequence_length)

@@ -85,9 +85,9 @@ def build_indices(
 def _document_index(documents: range, plan: EpochPlan, random: np.random.RandomState) -> np.ndarray:
     """Return every document `num_epochs` times, int32: shuffled over all epochs, or the last one apart."""
     num_mixed = plan.num_epochs - 1 if plan.separate_final_epoch else plan.num_epochs
-    index = np.empty((plan.num_epochs, len(documents)), dtype=np.int32)
-    index[:] = np.arange(documents.start, documents.stop, dtype=np.int32)
-    index = index.reshape(-1)
+    epochs = np.empty((plan.num_epochs, len(documents)), dtype=np.int32)
+    epochs[:] = np.arange(documents.start, documents.stop, dtype=np.int32)
+    index = epochs.reshape(-1)
     random.shuffle(index[: num_mixed * len(documents)])
     if plan.separate_final_epoch:
         random.shuffle(index[num_mixed * len(documents) :])

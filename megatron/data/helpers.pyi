@@ -9,3 +9,13 @@ def build_sample_index(
     drop_last_partial: bool = True,
     wide: bool = False,
 ) -> np.ndarray: ...
+def build_blend_index(weights: list[float], limits: list[int], num_samples: int) -> tuple[np.ndarray, np.ndarray]: ...
+def read_span(
+    tokens: np.ndarray,
+    pointers: np.ndarray,
+    lengths: np.ndarray,
+    sequences: np.ndarray,
+    offset: int,
+    stop: int,
+    size: int,
+) -> tuple[np.ndarray, int, np.ndarray]: ...

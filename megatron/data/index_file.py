@@ -81,6 +81,16 @@ def read_index(idx_path: Path, bin_path: Path, bin_bytes: int) -> Index:
     return index
 
 
+def read_num_sequences(idx_path: Path) -> int | None:
+    """The number of sequences that a current header announces; None for a file that has none."""
+    try:
+        with open(idx_path, "rb") as file:
+            magic, _, _, num_sequences, _ = HEADER.unpack(file.read(HEADER.size))
+    except (OSError, struct.error):
+        return None
+    return num_sequences if magic == MAGIC else None
+
+
 def _read_current(idx_path: Path, raw: np.ndarray, bin_path: Path, bin_bytes: int) -> Index:
     _require_bytes(idx_path, raw, HEADER.size, "the header")
     _, version, code, num_sequences, num_boundaries = HEADER.unpack(raw[: HEADER.size].tobytes())

@@ -8,26 +8,40 @@ from functools import partial
 from pathlib import Path
 
 from megatron.config import RunConfig
-from megatron.data.gpt import GPTDataset
+from megatron.data.blend import (
+    Blend,
+    BlendedDataset,
+    Member,
+    Request,
+    parse_blend,
+    parse_named_blends,
+)
+from megatron.data.gpt import DocumentBounds, GPTDataset
 from megatron.data.indexed import IndexedDataset
 from megatron.data.preprocess import tokenize_file
-from megatron.data.source import check_vocabulary, open_data
-from megatron.data.splits import SPLIT_NAMES, build_gpt_splits, parse_split, split_documents
+from megatron.data.sample import TrainingData
+from megatron.data.source import TEXT_SUFFIXES, check_vocabulary, open_data
+from megatron.data.splits import SPLIT_NAMES, parse_split, split_documents
+from megatron.errors import ConfigError, DataError
 from megatron.tokenizer import Tokenizer
 from megatron.training.checkpointing import Progress
+
+VALIDATION, TEST = "validation", "test"
+
+NamedData = Mapping[str, TrainingData]
 
 
 @dataclass(frozen=True)
 class RunDatasets:
-    """`validation` and `test` are None where the run never evaluates, or has no documents to test on.
+    """`validation` and `test` by the name they are logged under; empty where the run has none.
 
     `num_samples` is how many of each were asked for. A checkpoint records it, because the order of training
     samples depends on it; the datasets may have more, up to a whole epoch.
     """
 
-    train: GPTDataset
-    validation: GPTDataset | None
-    test: GPTDataset | None
+    train: TrainingData
+    validation: NamedData = field(default_factory=dict)
+    test: NamedData = field(default_factory=dict)
     num_samples: Mapping[str, int] = field(default_factory=dict)
 
 
@@ -42,26 +56,16 @@ def build_datasets(run: RunConfig, tokenizer: Tokenizer, start: Progress) -> Run
     num_to_come = max(0, training.train_iters - start.iteration) * training.global_batch_size
     num_train = start.consumed_samples + num_to_come
     num_eval = training.eval_iters * training.global_batch_size
-    if data.data_path:
-        indexed = _open(data.data_path[0], run, tokenizer)
-        wanted = (num_train, num_eval, _num_test_samples(indexed, run, num_eval))
-        train, validation, test = build_gpt_splits(
-            indexed,
-            data.split,
-            wanted,
-            sequence_length=data.seq_length,
-            seed=training.seed,
-            cache_path=_cache_path(run),
-        )
-        assert train is not None
-        return RunDatasets(train, validation, test, dict(zip(SPLIT_NAMES, wanted, strict=True)))
-    sources = (data.train_data_path, data.valid_data_path, data.test_data_path)
     wanted = (num_train, num_eval, num_eval)
-    train, validation, test = (
-        _whole(_open(paths[0], run, tokenizer), run, count) if paths and count else None
-        for paths, count in zip(sources, wanted, strict=True)
-    )
-    assert train is not None
+    builder = _Builder(run, tokenizer)
+    if data.data_path:
+        train, *evaluated = builder.cut(parse_blend("--data_path", data.data_path), wanted)
+        assert train is not None
+        validation, test = (_named(name, part) for name, part in zip((VALIDATION, TEST), evaluated, strict=True))
+    else:
+        train = builder.build(parse_blend("--train_data_path", data.train_data_path), num_train, is_training=True)
+        validation = builder.named("--valid_data_path", data.valid_data_path, VALIDATION, num_eval)
+        test = builder.named("--test_data_path", data.test_data_path, TEST, num_eval)
     return RunDatasets(train, validation, test, dict(zip(SPLIT_NAMES, wanted, strict=True)))
 
 
@@ -79,33 +83,96 @@ def describe_continuation(datasets: RunDatasets, recorded: Mapping[str, object])
     )
 
 
-def _open(path: str, run: RunConfig, tokenizer: Tokenizer) -> IndexedDataset:
-    indexed = open_data(
-        path,
-        tokenize_file=partial(tokenize_file, tokenizer=tokenizer),
-        tokenizer_fingerprint=tokenizer.identity.fingerprint,
-        cache_path=_cache_path(run),
-    )
-    check_vocabulary(indexed, run.model.vocab_size)
-    return indexed
+def _named(name: str, part: TrainingData | None) -> NamedData:
+    return {} if part is None else {name: part}
 
 
-def _whole(indexed: IndexedDataset, run: RunConfig, num_samples: int) -> GPTDataset:
-    return GPTDataset(
-        indexed,
-        range(len(indexed)),
-        num_samples,
-        run.data.seq_length,
-        run.training.seed,
-        cache_path=_cache_path(run),
-    )
+class _Builder:
+    """Builds datasets of one run, each of one source alone or a blend of several."""
 
+    def __init__(self, run: RunConfig, tokenizer: Tokenizer):
+        self.run, self.tokenizer = run, tokenizer
+        self.cache_path = None if run.data.data_cache_path is None else Path(run.data.data_cache_path)
+        self.bounds = DocumentBounds(
+            reset_positions=run.data.reset_position_ids,
+            reset_attention=run.data.reset_attention_mask,
+            eod=tokenizer.eod if run.data.eod_mask_loss else None,
+        )
+        if run.data.eod_mask_loss and tokenizer.eod is None:
+            raise ConfigError(
+                f"--eod_mask_loss: the {tokenizer.identity.type} has no end-of-document token; drop the flag."
+            )
 
-def _num_test_samples(indexed: IndexedDataset, run: RunConfig, wanted: int) -> int:
-    """The default split leaves small corpora without test documents; then there is no test, and that is no error."""
-    *_, test_documents = split_documents(parse_split(run.data.split), len(indexed))
-    return wanted if len(test_documents) else 0
+    def cut(self, blend: Blend, wanted: tuple[int, int, int]) -> list[TrainingData | None]:
+        """Training, validation and test from the shares of each source's documents.
 
+        The default split leaves small corpora without test documents; then there is no test, and that is no error.
+        """
+        split, sizes = self.run.data.split, [member.count_sequences() for member in map(self._member, blend.paths)]
+        parts = [split_documents(parse_split(split), size) for size in sizes]
+        is_empty = [not any(part[i] for part in parts) for i in range(len(SPLIT_NAMES))]
+        for name, count, empty in zip(SPLIT_NAMES[:-1], wanted, is_empty, strict=False):
+            if count and empty:
+                raise DataError(
+                    f"{', '.join(blend.paths)}: --split {split!r} of {sum(sizes)} documents leaves none for {name} "
+                    f"(wanted: {count} samples); give {name} a larger share, use more documents, or ask for no {name} "
+                    "samples (--eval_iters 0 for valid and test)."
+                )
+        return [
+            self.build(blend, count, is_training=i == 0, split=i) if count and not is_empty[i] else None
+            for i, count in enumerate(wanted)
+        ]
 
-def _cache_path(run: RunConfig) -> Path | None:
-    return None if run.data.data_cache_path is None else Path(run.data.data_cache_path)
+    def named(self, flag: str, values: tuple[str, ...], name: str, num_samples: int) -> NamedData:
+        if num_samples == 0:
+            return {}
+        blends = parse_named_blends(flag, values, "")
+        return {f"{name}_{own}" if own else name: self.build(blend, num_samples) for own, blend in blends.items()}
+
+    def build(
+        self, blend: Blend, num_samples: int, *, is_training: bool = False, split: int | None = None
+    ) -> TrainingData:
+        """`split` chooses one part of the documents that --split cuts; None takes all of them."""
+        data, seed = self.run.data, self.run.training.seed
+        max_epochs = data.max_epochs_per_dataset if is_training else None
+
+        def documents(num_documents: int) -> range:
+            if split is None:
+                return range(num_documents)
+            return split_documents(parse_split(data.split), num_documents)[split]
+
+        members = [self._member(path) for path in blend.paths]
+        if len(members) == 1 and max_epochs is None:
+            indexed = members[0].open()
+            check_vocabulary(indexed, self.run.model.vocab_size)
+            return GPTDataset(
+                indexed,
+                documents(len(indexed)),
+                num_samples,
+                data.seq_length,
+                seed,
+                bounds=self.bounds,
+                cache_path=self.cache_path,
+            )
+        request = Request(
+            num_samples=num_samples,
+            sequence_length=data.seq_length,
+            seed=seed,
+            documents=documents,
+            documents_key="all" if split is None else f"{data.split} [{split}]",
+            vocab_size=self.run.model.vocab_size,
+            weights=blend.weights,
+            max_epochs=max_epochs,
+        )
+        return BlendedDataset(members, request, self.bounds, self.cache_path or Path(blend.paths[0]).parent / "cache")
+
+    def _member(self, path: str) -> Member:
+        if Path(path).suffix not in TEXT_SUFFIXES:
+            return Member(path, partial(IndexedDataset, path))
+        indexed = open_data(
+            path,
+            tokenize_file=partial(tokenize_file, tokenizer=self.tokenizer),
+            tokenizer_fingerprint=self.tokenizer.identity.fingerprint,
+            cache_path=self.cache_path,
+        )
+        return Member(indexed.prefix, lambda: indexed)

@@ -55,7 +55,7 @@ class MicrobatchForward:
         batch, stage = self.batches[microbatch], self.stages[number]
         streams = None if self.streams is None else self.streams[microbatch]
         stage_input = batch.tokens if x is None else x
-        output = stage(stage_input, batch.tokens.shape[1], batch.position_ids, streams)
+        output = stage(stage_input, batch.tokens.shape[1], batch.position_ids, streams, segment_ids=batch.segment_ids)
         if not stage.is_last:
             return output
         labels, mask = batch.labels.t(), batch.loss_mask.t()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -20,6 +21,7 @@ CONFIG_FILE = "config.yaml"
 
 # More pipeline ranks than this are shown as the first and the last ones, so that the summary stays on one screen.
 _MAX_ROWS = 12
+_MAX_LISTED_PATHS = 6
 
 
 def startup_summary(
@@ -61,7 +63,9 @@ def write_config(run: RunConfig, save: Path) -> None:
 
 def _model(run: RunConfig) -> str:
     model, name = run.model, run.training.model_name
-    sized = f"{name} {run.training.size}B" if run.training.size else name
+    size = run.training.size or ""
+    unit = "B" if re.fullmatch(r"[\d.-]+", size) else ""  # not of words and versions: base, 7-v0.3
+    sized = f"{name} {size}{unit}".rstrip()
     heads = f"{model.num_attention_heads} heads"
     if model.num_attention_heads_kv != model.num_attention_heads:
         heads += f" ({model.num_attention_heads_kv} kv)"
@@ -150,14 +154,14 @@ def _learning_rate(run: RunConfig) -> str:
 
 def _data(run: RunConfig, datasets: RunDatasets) -> str:
     wanted = run.training.train_iters * run.training.global_batch_size
-    others = (("validation", datasets.validation), ("test", datasets.test))
-    sizes = "".join(f", {len(dataset)} {name}" for name, dataset in others if dataset is not None)
-    path = (*run.data.data_path, *run.data.train_data_path)[0]
-    return f"{path}: {len(datasets.train)} training samples, of which the run reads {wanted}{sizes}"
+    sizes = "".join(f", {len(data)} {name}" for name, data in {**datasets.validation, **datasets.test}.items())
+    paths = [*run.data.data_path, *run.data.train_data_path]
+    blend = " ".join(paths) if len(paths) <= _MAX_LISTED_PATHS else f"{' '.join(paths[:_MAX_LISTED_PATHS])} ..."
+    return f"{blend}: {len(datasets.train)} training samples, of which the run reads {wanted}{sizes}"
 
 
 def _evaluation(run: RunConfig, datasets: RunDatasets) -> str:
-    if datasets.validation is None:
+    if not datasets.validation:
         return "none"
     num_samples = run.training.eval_iters * run.training.global_batch_size
     return f"every {run.training.eval_interval} iterations and at the end, on {num_samples} samples"

@@ -9,12 +9,12 @@ from contextlib import contextmanager
 
 from megatron.config import RunConfig
 from megatron.core.topology import Topology
-from megatron.data.gpt import GPTDataset
 from megatron.data.loader import StepLoader, batches_for_step
+from megatron.data.sample import SampleSource
 from megatron.errors import CheckpointError
 from megatron.optimizer.schedule import learning_rate
 from megatron.training.checkpointing import Progress, RunCheckpoints
-from megatron.training.datasets import RunDatasets
+from megatron.training.datasets import NamedData, RunDatasets
 from megatron.training.forward import LossSums
 from megatron.training.metrics import EvaluationMetrics, StepClock
 from megatron.training.signals import StopRequest, stop_on_sigterm
@@ -70,7 +70,7 @@ class Trainer:
             self._evaluate_at_end(progress, stop)
         return progress
 
-    def evaluate(self, dataset: GPTDataset, name: str, iteration: int, stop: StopRequest) -> None:
+    def evaluate(self, dataset: SampleSource, name: str, iteration: int, stop: StopRequest) -> None:
         """Logs the mean loss over the first `eval_iters` global batches of `dataset`, without dropout, as `name`.
 
         Given up, and not logged, when the run is asked to stop meanwhile.
@@ -100,14 +100,17 @@ class Trainer:
 
     def _evaluate_when_due(self, progress: Progress, stop: StopRequest) -> None:
         due = progress.iteration % self.run.training.eval_interval == 0
-        if due and self.datasets.validation is not None:
-            self.evaluate(self.datasets.validation, "validation", progress.iteration, stop)
+        if due:
+            self._evaluate_all(self.datasets.validation, progress, stop)
 
     def _evaluate_at_end(self, progress: Progress, stop: StopRequest) -> None:
-        if self.datasets.validation is not None and progress.iteration % self.run.training.eval_interval:
-            self.evaluate(self.datasets.validation, "validation", progress.iteration, stop)
-        if self.datasets.test is not None:
-            self.evaluate(self.datasets.test, "test", progress.iteration, stop)
+        if progress.iteration % self.run.training.eval_interval:
+            self._evaluate_all(self.datasets.validation, progress, stop)
+        self._evaluate_all(self.datasets.test, progress, stop)
+
+    def _evaluate_all(self, datasets: NamedData, progress: Progress, stop: StopRequest) -> None:
+        for name, dataset in datasets.items():
+            self.evaluate(dataset, name, progress.iteration, stop)
 
     def _is_save_due(self, progress: Progress) -> bool:
         interval = self.run.checkpoint.save_interval

@@ -50,12 +50,30 @@ def test_optimizer_values_that_no_run_can_use(values, expected):
     ("values", "expected"),
     [
         (
-            {"data_path": ("0.5", "a", "0.5", "b")},
+            {"data_path": ("0.5", "a", "b")},
             (
-                "--data_path 0.5 a 0.5 b names 4 values, and several or weighted datasets cannot be blended "
-                "yet; join them "
-                "with tools/merge_datasets.py and give the one prefix it writes."
+                "--data_path 0.5 a b is neither paths nor weights and paths in turns; give --data_path PATH [PATH ...] "
+                "or --data_path WEIGHT PATH [WEIGHT PATH ...]."
             ),
+        ),
+        (
+            {"train_data_path": ("0", "a", "1", "b")},
+            "--train_data_path 0 a 1 b: weight 0 is no share; give a positive number.",
+        ),
+        (
+            {"train_data_path": ("a",), "valid_data_path": ("web=b", "c")},
+            ("--valid_data_path web=b c: 'c' is no NAME=PATH with a name of its own; give every set a name, or none."),
+        ),
+        (
+            {"train_data_path": ("a",), "valid_data_path": ("web=b", "web=c")},
+            (
+                "--valid_data_path web=b web=c: 'web' is no NAME=PATH with a name of its own; give every set a name, "
+                "or none."
+            ),
+        ),
+        (
+            {"data_path": ("a",), "max_epochs_per_dataset": 0.0},
+            "--max_epochs_per_dataset 0 reads nothing; use 1, say, or leave it out.",
         ),
         (
             {"data_path": ("a",), "valid_data_path": ("b",)},

@@ -4,9 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from megatron.data.indexed import IndexedDataset
-from megatron.data.splits import build_gpt_splits, parse_split, split_documents
-from megatron.errors import ConfigError, DataError
+from megatron.data.splits import parse_split, split_documents
+from megatron.errors import ConfigError
 
 BASE = Path(__file__).parent / "samples" / "gpt" / "base"
 
@@ -41,33 +40,3 @@ def test_the_parts_cover_all_documents_once():
 def test_a_split_that_is_no_shares_is_an_error(text: str):
     with pytest.raises(ConfigError, match=r"--split .* is not one to three shares .*; use for example --split 969,30"):
         parse_split(text)
-
-
-def test_datasets_read_their_own_documents_and_unwanted_ones_are_none(tmp_path: Path):
-    train, valid, test = build_gpt_splits(
-        IndexedDataset(BASE), "50,30,20", (100, None, 0), sequence_length=16, seed=3, cache_path=tmp_path
-    )
-    assert train is not None and valid is not None and test is None
-    assert len(train) >= 100
-    assert set(train.document_index.tolist()) == set(range(30))
-    assert set(valid.document_index.tolist()) == set(range(30, 48))
-
-
-@pytest.mark.parametrize(("wanted", "what"), [(10, "10 samples"), (None, "one epoch")])
-def test_a_wanted_split_without_documents_is_an_error_before_anything_is_built(
-    wanted: int | None, what: str, tmp_path: Path
-):
-    """0.1% of 60 documents is rounded to none."""
-    reason = rf"--split '98,1.9,0.1' of 60 documents leaves none for test \(wanted: {what}\); give test a larger share"
-    with pytest.raises(DataError, match=reason):
-        build_gpt_splits(
-            IndexedDataset(BASE), "98,1.9,0.1", (10, 10, wanted), sequence_length=16, seed=3, cache_path=tmp_path
-        )
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_an_unwanted_split_may_be_empty(tmp_path: Path):
-    train, *others = build_gpt_splits(
-        IndexedDataset(BASE), "1", (10, 0, 0), sequence_length=16, seed=3, cache_path=tmp_path
-    )
-    assert train is not None and others == [None, None]

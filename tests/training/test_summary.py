@@ -35,7 +35,7 @@ def samples(count: int) -> GPTDataset:
 def summary(run: RunConfig) -> str:
     chunks = run.num_stages_per_rank
     layers = assign_layers(run.model, run.layout.pp * chunks, num_chunks=chunks)
-    datasets = RunDatasets(samples(2000), samples(40), None)
+    datasets = RunDatasets(samples(2000), {"validation": samples(40)})
     return startup_summary(run, layers, kernel="sdpa_attention", device=torch.device("cpu"), datasets=datasets)
 
 

@@ -1,0 +1,134 @@
+"""The datasets of a run: cut by --split or of their own, alone or blended, with what happens at document ends."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from megatron.data.blend import BlendedDataset
+from megatron.data.indexed import IndexedDatasetWriter
+from megatron.errors import ConfigError, DataError
+from megatron.tokenizer.null import NullTokenizer
+from megatron.training.checkpointing import Progress
+from megatron.training.datasets import RunDatasets, build_datasets, describe_continuation
+from small_run import small_run
+
+VOCABULARY = 500
+EOD = VOCABULARY - 1
+
+
+def write(prefix: Path, num_documents: int) -> Path:
+    random = np.random.default_rng(num_documents)
+    with IndexedDatasetWriter(prefix, "uint16") as writer:
+        for length in random.integers(1, 9, num_documents):
+            writer.add_document(np.append(random.integers(0, EOD, length), EOD).astype(np.uint16))
+    return prefix
+
+
+@pytest.fixture
+def parts(tmp_path: Path) -> list[Path]:
+    return [write(tmp_path / "a", 100), write(tmp_path / "b", 60)]
+
+
+class WithEnd(NullTokenizer):
+    eod = EOD
+
+
+def built(tokenizer: NullTokenizer | None = None, **flags: object) -> RunDatasets:
+    flags = {"data_path": False, "seq_length": 16, "train_iters": 10, "eval_iters": 2, "global_batch_size": 4, **flags}
+    run = small_run(vocab_size=VOCABULARY, **flags)
+    return build_datasets(run, tokenizer or NullTokenizer(VOCABULARY), Progress())
+
+
+def test_a_split_gives_every_part_its_own_documents(parts: list[Path]):
+    datasets = built(data_path=parts[0], split="50,30,20")
+    assert set(datasets.train.document_index.tolist()) == set(range(50))  # type: ignore[attr-defined]
+    assert set(datasets.validation["validation"].document_index.tolist()) == set(range(50, 80))  # type: ignore[attr-defined]
+    assert set(datasets.test["test"].document_index.tolist()) == set(range(80, 100))  # type: ignore[attr-defined]
+    assert datasets.num_samples == {"train": 40, "valid": 8, "test": 8}
+
+
+def test_a_wanted_part_without_documents_is_an_error_but_for_the_test(parts: list[Path]):
+    assert not built(data_path=parts[1], split="90,10,0.1").test
+    with pytest.raises(DataError, match=r"leaves none for valid \(wanted: 8 samples\); give valid a larger share"):
+        built(data_path=parts[1], split="1,0,0")
+    assert not built(data_path=parts[1], split="1,0,0", eval_iters=0).validation
+
+
+def test_positions_and_segments_start_anew_where_a_document_does(parts: list[Path]):
+    plain = built(data_path=parts[0]).train
+    flags = {"reset_position_ids": None, "reset_attention_mask": None, "eod_mask_loss": None}
+    reset = built(WithEnd(VOCABULARY), data_path=parts[0], **flags).train
+    for k in range(40):
+        tokens, sample = plain[k].tokens, reset[k]
+        assert plain[k].position_ids is None and plain[k].segment_ids is None
+        assert np.array_equal(tokens, sample.tokens)
+        # A document begins after each end-of-document token.
+        segments = np.cumsum(np.concatenate(([0], tokens[:-2] == EOD)))
+        positions = [i - int(np.flatnonzero(segments == segment)[0]) for i, segment in enumerate(segments)]
+        assert sample.segment_ids is not None and sample.segment_ids.tolist() == segments.tolist()
+        assert sample.position_ids is not None and sample.position_ids.tolist() == positions
+        assert sample.loss_mask.tolist() == (tokens[:-1] != EOD).tolist()
+
+
+def test_each_of_the_three_flags_stands_alone(parts: list[Path]):
+    sample = built(data_path=parts[0], reset_position_ids=None).train[0]
+    assert sample.position_ids is not None and sample.segment_ids is None and sample.loss_mask.all()
+    sample = built(data_path=parts[0], reset_attention_mask=None).train[0]
+    assert sample.position_ids is None and sample.segment_ids is not None and sample.loss_mask.all()
+
+
+def test_what_follows_the_end_of_a_document_needs_an_end(parts: list[Path]):
+    with pytest.raises(ConfigError, match="--eod_mask_loss: the NullTokenizer has no end-of-document token"):
+        built(data_path=parts[0], eod_mask_loss=None)
+
+
+def test_a_longer_run_says_whether_the_order_changes(parts: list[Path]):
+    datasets = built(data_path=parts[0])
+    assert describe_continuation(datasets, {"train": 36}) is None  # of 33 an epoch
+    text = describe_continuation(datasets, {"train": 4000})
+    assert text is not None and "was laid out for 4000 samples and this one for 40: the order" in text
+
+
+def test_several_sources_are_blended_and_several_validation_sets_keep_their_names(parts: list[Path]):
+    run = small_run(
+        vocab_size=VOCABULARY, data_path=False, seq_length=16, train_iters=10, eval_iters=2, global_batch_size=4,
+        config=config_file(
+            parts,
+            train_data_path=["0.75", str(parts[0]), "0.25", str(parts[1])],
+            valid_data_path=[f"web={parts[0]}", f"code=1,{parts[0]},3,{parts[1]}"],
+            test_data_path=[str(parts[1])],
+        ),
+    )  # fmt: skip
+    datasets = build_datasets(run, NullTokenizer(VOCABULARY), Progress())
+    assert isinstance(datasets.train, BlendedDataset)
+    assert np.bincount(datasets.train.dataset_index).tolist() == [30, 10]
+    assert list(datasets.validation) == ["validation_web", "validation_code"] and list(datasets.test) == ["test"]
+    code = datasets.validation["validation_code"]
+    assert isinstance(code, BlendedDataset) and np.bincount(code.dataset_index).tolist() == [2, 6]
+
+
+def test_a_blend_is_cut_by_split_dataset_by_dataset(parts: list[Path]):
+    run = small_run(
+        vocab_size=VOCABULARY, data_path=False, seq_length=16, train_iters=10, eval_iters=2, global_batch_size=4,
+        split="50,30,20", config=config_file(parts, data_path=["1", str(parts[0]), "1", str(parts[1])]),
+    )  # fmt: skip
+    datasets = build_datasets(run, NullTokenizer(VOCABULARY), Progress())
+    validation = datasets.validation["validation"]
+    assert isinstance(validation, BlendedDataset)
+    documents = [set(part.document_index.tolist()) for part in validation.datasets]
+    assert documents == [set(range(50, 80)), set(range(30, 48))]
+
+
+def test_more_epochs_than_allowed_are_an_error_that_counts(parts: list[Path]):
+    with pytest.raises(DataError, match=r"--max_epochs_per_dataset 1 leaves \d+ samples .* and 400 are wanted"):
+        built(data_path=parts[0], train_iters=100, max_epochs_per_dataset=1)
+
+
+def config_file(parts: list[Path], **values: list[str]) -> Path:
+    lines = [f"{name}: [{', '.join(repr(value) for value in listed)}]" for name, listed in values.items()]
+    file = parts[0].parent / "run.yaml"
+    file.write_text("\n".join(lines))
+    return file
