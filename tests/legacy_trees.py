@@ -49,6 +49,17 @@ FALCON_40B = dataclasses.replace(FALCON_7B, num_attention_heads_kv=2, parallel_l
 GPT = ModelConfig(**_SIZES, qkv_bias=True, attention_output_bias=True, mlp_bias=True, mlp_activation="gelu_tanh")
 GPT_ROTARY = dataclasses.replace(GPT, position_embedding_type="rotary", glu_activation="geglu", mlp_activation="gelu")
 
+# The modules of a layer, in the order in which the programs register them.
+_MODULES = (
+    "input_layernorm",
+    "mlp_layernorm",
+    "self_attention.query_key_value",
+    "self_attention.dense",
+    "post_attention_layernorm",
+    "mlp.dense_h_to_4h",
+    "mlp.dense_4h_to_h",
+)
+
 
 @dataclass(frozen=True)
 class Spelling:
@@ -89,14 +100,20 @@ def write_tree(
 
 def rank_models(model: ModelConfig, weights: Weights, spelling: Spelling, p: int, t: int) -> dict[str, Any]:
     """ "model", or "model0", "model1", ... of one rank."""
-    per_chunk = model.num_layers // (spelling.pp * spelling.virtual)
     models = {}
-    for v in range(spelling.virtual):
-        stage = v * spelling.pp + p
-        layers = range(stage * per_chunk, (stage + 1) * per_chunk)
-        flat = _chunk(model, weights, spelling, t, layers, stage == 0, stage == spelling.pp * spelling.virtual - 1)
+    for v, flat in enumerate(rank_tensors(model, weights, spelling, p, t)):
         models["model" if spelling.virtual == 1 else f"model{v}"] = _spelled(flat, spelling.names)
     return models
+
+
+def rank_tensors(model: ModelConfig, weights: Weights, spelling: Spelling, p: int, t: int) -> list[Weights]:
+    """What one rank holds of `weights` in each of its chunks, by the key of the trainer's spelling."""
+    num_stages = spelling.pp * spelling.virtual
+    per_chunk = model.num_layers // num_stages
+    return [
+        _chunk(model, weights, spelling, t, range(s * per_chunk, (s + 1) * per_chunk), s == 0, s == num_stages - 1)
+        for s in range(p, num_stages, spelling.pp)
+    ]
 
 
 def recorded_args(model: ModelConfig, spelling: Spelling) -> dict[str, Any]:
@@ -171,22 +188,12 @@ def _chunk(
         if model.position_embedding_type == "absolute":
             flat["embedding.position_embeddings.weight"] = weights["embedding.position.weight"]
     for local, i in enumerate(layers):
-        for leaf in ("weight", "bias"):
-            own = {
-                name.removeprefix(f"layers.{i}."): w for name, w in weights.items() if name.startswith(f"layers.{i}.")
-            }
-            layer = {
-                "input_layernorm": own.get(f"attention_norm.{leaf}"),
-                "mlp_layernorm" if model.parallel_attn else "post_attention_layernorm": own.get(f"mlp_norm.{leaf}"),
-                "self_attention.query_key_value": _qkv(model, own, spelling, leaf, t),
-                "mlp.dense_h_to_4h": _up(own, spelling, leaf, t),
-            }
-            for theirs, ours in (("self_attention.dense", "attention.output"), ("mlp.dense_4h_to_h", "mlp.down")):
-                tensor = own.get(f"{ours}.{leaf}")
-                layer[theirs] = (
-                    tensor.chunk(tp, dim=1)[t].clone() if tensor is not None and leaf == "weight" else tensor
-                )
-            flat |= {f"encoder.layers.{local}.{k}.{leaf}": w for k, w in layer.items() if w is not None}
+        own = {name.removeprefix(f"layers.{i}."): w for name, w in weights.items() if name.startswith(f"layers.{i}.")}
+        tensors = {leaf: _layer(model, own, spelling, leaf, t) for leaf in ("weight", "bias")}
+        for module in _MODULES:
+            for leaf in ("weight", "bias"):
+                if (tensor := tensors[leaf].get(module)) is not None:
+                    flat[f"encoder.layers.{local}.{module}.{leaf}"] = tensor
     if is_last:
         for leaf in ("weight",) if model.use_rms_norm else ("weight", "bias"):
             flat[f"encoder.final_layernorm.{leaf}"] = weights[f"final_norm.{leaf}"]
@@ -196,6 +203,19 @@ def _chunk(
             table = _padded(weights["embedding.word.weight"], spelling).chunk(tp)[t]
             flat["word_embeddings_for_head.weight"] = table
     return {key: tensor.clone() for key, tensor in flat.items()}
+
+
+def _layer(model: ModelConfig, own: Weights, spelling: Spelling, leaf: str, t: int) -> dict[str, Tensor | None]:
+    layer = {
+        "input_layernorm": own.get(f"attention_norm.{leaf}"),
+        "mlp_layernorm" if model.parallel_attn else "post_attention_layernorm": own.get(f"mlp_norm.{leaf}"),
+        "self_attention.query_key_value": _qkv(model, own, spelling, leaf, t),
+        "mlp.dense_h_to_4h": _up(own, spelling, leaf, t),
+    }
+    for theirs, ours in (("self_attention.dense", "attention.output"), ("mlp.dense_4h_to_h", "mlp.down")):
+        tensor = own.get(f"{ours}.{leaf}")
+        layer[theirs] = tensor.chunk(spelling.tp, dim=1)[t] if tensor is not None and leaf == "weight" else tensor
+    return layer
 
 
 def _padded(table: Tensor, spelling: Spelling) -> Tensor:

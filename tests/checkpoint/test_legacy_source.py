@@ -195,7 +195,7 @@ def test_what_a_run_recorded_besides_weights_is_kept(tmp_path):
     source = LegacySource(tmp_path)
     state = source.state()
     assert state is not None
-    assert (state.iteration, state.consumed_samples, state.seed) == (100, 6400, 1234)
+    assert (state.iteration, state.consumed_samples, state.optimizer) == (100, 6400, {})
     assert source.model_name() == "llama2"
     assert source.tokenizer() is None
     (tmp_path / "tokenizer.model").write_bytes(b"")

@@ -12,8 +12,16 @@ import torch
 
 from megatron.checkpoint.legacy.arguments import Recorded
 from megatron.checkpoint.legacy.keys import EMBEDDING, HEAD, HEAD_COPY, num_layers
+from megatron.checkpoint.legacy.optimizer import (
+    DISTRIBUTED_OPTIMIZER,
+    Chunks,
+    UnreadableOptimizerStateError,
+    check_masters,
+    find_optimizer_state,
+)
 from megatron.checkpoint.legacy.tensors import Chunk, Part, StoredTensor, TreeModel
-from megatron.checkpoint.legacy.tree import Tree, chunks_of, read_rank
+from megatron.checkpoint.legacy.tree import DISTRIBUTED_FILE, Tree, chunks_of, read_rank
+from megatron.checkpoint.source import MODEL
 from megatron.errors import CheckpointError
 from megatron.model.config import ModelConfig
 
@@ -29,9 +37,19 @@ class Held:
 
 
 @dataclass(frozen=True)
+class OptimizerFacts:
+    """What is the same in all files. `dtypes` of each kind of tensor, that of masters as "model"."""
+
+    optimizer: str
+    num_steps: int
+    dtypes: Mapping[str, torch.dtype]
+
+
+@dataclass(frozen=True)
 class Place:
     """Where a logical tensor lies: in chunk `chunk` of all tensor ranks of a pipeline rank."""
 
+    kind: str
     pipeline_rank: int
     chunk: int
     stored: StoredTensor
@@ -42,11 +60,16 @@ class Place:
 
 @dataclass(frozen=True)
 class Inventory:
-    """`held` are the tensors by key in each chunk of each (pipeline rank, tensor rank)."""
+    """`held` are the tensors by key in each chunk of each (pipeline rank, tensor rank).
+
+    `optimizer` is None where the files have no such state, or one that cannot be read; `unread` says why.
+    """
 
     tree: Tree
     recorded: Recorded
     held: Mapping[tuple[int, int], list[Mapping[str, Held]]]
+    optimizer: OptimizerFacts | None
+    unread: str | None
 
     @property
     def padded_vocab_size(self) -> int:
@@ -68,7 +91,10 @@ class Inventory:
         return chunks
 
     def places(self, stored_as: TreeModel) -> dict[str, Place]:
-        """Every logical tensor's place. Raises CheckpointError listing what is missing, unknown or of another shape."""
+        """Entry -> its place, the optimizer's included.
+
+        Raises CheckpointError listing what is missing, unknown or of another shape.
+        """
         places, problems, chunks = {}, [], self.chunks()
         num_held = sum(len(chunk.layers) for chunk in chunks.values())
         if num_held != stored_as.model.num_layers:
@@ -82,8 +108,10 @@ class Inventory:
                 for part in stored.parts:
                     if not part.is_copy:
                         shape = _logical_shape(stored, part, stored_as.model)
-                        dtype = self.held[pipeline_rank, 0][number][stored.key].dtype
-                        places[part.name] = Place(pipeline_rank, number, stored, part, shape, dtype)
+                        own = {MODEL: self.held[pipeline_rank, 0][number][stored.key].dtype}
+                        for kind, dtype in {**own, **(self.optimizer.dtypes if self.optimizer else {})}.items():
+                            place = Place(kind, pipeline_rank, number, stored, part, shape, dtype)
+                            places[f"{kind}.{part.name}"] = place
         if problems:
             more = f"; and {len(problems) - _MAX_LISTED} more" if len(problems) > _MAX_LISTED else ""
             raise CheckpointError(
@@ -110,7 +138,8 @@ class Inventory:
 def take_inventory(tree: Tree) -> Inventory:
     """Reads what every file holds, but no tensor. Raises CheckpointError where files do not belong together."""
     held: dict[tuple[int, int], list[Mapping[str, Held]]] = {}
-    recorded = None
+    optimizers: list[OptimizerFacts | None] = []
+    recorded, unread = None, None
     for rank, file in sorted(tree.files.items()):
         state = read_rank(file)
         if recorded is None:
@@ -123,10 +152,26 @@ def take_inventory(tree: Tree) -> Inventory:
                 f"{file} holds {len(held[rank])} model chunks, and {tree.files[0, 0]} {len(held[0, 0])}; "
                 "they are of different runs: copy the whole folder again."
             )
+        try:
+            optimizers.append(_optimizer_facts(state, chunks) if tree.iteration is not None else None)
+        except UnreadableOptimizerStateError as error:
+            unread = unread or f"{file.parent.name}: {error}"
     assert recorded is not None
-    inventory = Inventory(tree, recorded, held)
+    if tree.iteration is not None and any(file.name == DISTRIBUTED_FILE for file in tree.files.values()):
+        unread = DISTRIBUTED_OPTIMIZER
+    if unread is None and any(facts != optimizers[0] for facts in optimizers):
+        unread = "the files are of different optimizers or steps"
+    inventory = Inventory(tree, recorded, held, optimizers[0] if unread is None else None, unread)
     _check_vocabulary(inventory)
     return inventory
+
+
+def _optimizer_facts(state: Mapping[str, Any], chunks: Chunks) -> OptimizerFacts | None:
+    found = find_optimizer_state(state, chunks)
+    if found is None:
+        return None
+    check_masters(found, chunks)
+    return OptimizerFacts(found.optimizer, found.num_steps, found.dtypes)
 
 
 def _recorded(state: Mapping[str, Any], file: Path) -> Recorded:

@@ -8,12 +8,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from megatron.checkpoint.legacy.inventory import Place, take_inventory
+from megatron.checkpoint.legacy.inventory import Inventory, Place, take_inventory
 from megatron.checkpoint.legacy.mapped import MappedFiles
 from megatron.checkpoint.legacy.recording import CARRIED_ARGUMENT
 from megatron.checkpoint.legacy.tensors import TreeModel
 from megatron.checkpoint.legacy.tree import TOKENIZER_FILE, find_tree
-from megatron.checkpoint.source import MODEL, RunState, TokenizerIdentity
+from megatron.checkpoint.source import RunState, TokenizerIdentity
 from megatron.errors import CheckpointError
 from megatron.model.config import ModelConfig
 from megatron.model.presets import MODEL_NAMES
@@ -39,13 +39,14 @@ class LegacySource:
         self.path = tree.folder
         inventory = take_inventory(tree)
         self._recorded, padded = inventory.recorded, inventory.padded_vocab_size
-        vocab_size, self.notes = _true_vocab_size(self.path, self._recorded.args, true_vocab_size, padded)
+        vocab_size, notes = _true_vocab_size(self.path, self._recorded.args, true_vocab_size, padded)
+        self._optimizer = inventory.optimizer
+        self.notes = (*notes, *_optimizer_notes(self.path, inventory))
         self._model = self._recorded.model_config(inventory.keys, vocab_size)
         conventions = self._recorded.conventions(self._model, rotary_pairs=rotary_pairs)
         _check_tensor_ranks(self.path, self._model, tree.tp)
-        places = inventory.places(TreeModel(self._model, conventions, tree.tp, padded))
-        self._places = {f"{MODEL}.{name}": place for name, place in places.items()}
-        self._files = MappedFiles(tree)
+        self._places = inventory.places(TreeModel(self._model, conventions, tree.tp, padded))
+        self._files = MappedFiles(tree, with_optimizer=self._optimizer is not None)
 
     def names(self) -> Sequence[str]:
         return list(self._places)
@@ -83,16 +84,19 @@ class LegacySource:
         return None
 
     def state(self) -> RunState | None:
-        """None for a release. Samples are counted alike; the order they are drawn in is this project's own."""
+        """None for a release. Samples are counted alike; the order they are drawn in is this project's own, so that
+        the seed means nothing here.
+        """
         args = self._recorded.args
         carried = getattr(args, CARRIED_ARGUMENT, None) or {}
         if self._tree.iteration is None:
             return RunState(iteration=0, config=carried) if carried else None
-        consumed, seed = getattr(args, "consumed_train_samples", 0), getattr(args, "seed", None)
+        consumed, found = getattr(args, "consumed_train_samples", 0), self._optimizer
         return RunState(
             iteration=self._tree.iteration,
             consumed_samples=consumed if isinstance(consumed, int) else 0,
-            seed=seed if isinstance(seed, int) else None,
+            optimizer={} if found is None else {"name": found.optimizer, "num_steps": found.num_steps},
+            scheduler={"iteration": self._tree.iteration},
             config=carried,
         )
 
@@ -120,7 +124,7 @@ class LegacySource:
     def _tensor(self, place: Place, tensor_rank: int, num_rows: int) -> Tensor:
         row_bytes = place.dtype.itemsize * (place.stored.shape[-1] if len(place.stored.shape) > 1 else 1)
         rank = (place.pipeline_rank, tensor_rank)
-        return self._files.tensor(rank, place.chunk, place.stored.key, num_rows * row_bytes)
+        return self._files.tensor(rank, place.chunk, place.kind, place.stored.key, num_rows * row_bytes)
 
 
 def _true_vocab_size(path: Path, args: object, given: int | None, padded: int) -> tuple[int, tuple[str, ...]]:
@@ -137,6 +141,14 @@ def _true_vocab_size(path: Path, args: object, given: int | None, padded: int) -
             "give the number of tokens of the tokenizer that the model was trained with."
         )
     return size, ()
+
+
+def _optimizer_notes(path: Path, inventory: Inventory) -> tuple[str, ...]:
+    if inventory.unread is not None:
+        return (f"{path}: the optimizer's state is not read ({inventory.unread}); a run starts with a fresh one",)
+    if inventory.optimizer is not None:
+        return (f"{path}: a run that continues draws its samples in an order of its own, after as many as were seen",)
+    return ()
 
 
 def _check_tensor_ranks(path: Path, model: ModelConfig, tp: int) -> None:

@@ -16,8 +16,9 @@ from megatron.checkpoint.unpickle import read_torch_file
 from megatron.errors import CheckpointError
 
 RELEASE: Final = "release"
-# The second name is that of runs which kept the optimizer's state in files of its own.
-MODEL_FILES: Final = ("model_optim_rng.pt", "model_rng.pt")
+# That of runs which kept the optimizer's state in files of its own.
+DISTRIBUTED_FILE: Final = "model_rng.pt"
+MODEL_FILES: Final = ("model_optim_rng.pt", DISTRIBUTED_FILE)
 # Converters leave a SentencePiece model beside the tree.
 TOKENIZER_FILE: Final = "tokenizer.model"
 
