@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 from pathlib import Path
 
@@ -39,3 +40,36 @@ def write_huggingface(folder: Path, special: tuple[str, ...] = ("<|begin|>", "<|
     model.save(str(folder / "tokenizer.json"))
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
     return folder
+
+
+def write_gpt2(huggingface: Path, folder: Path) -> Path:
+    """The tokenizer of `write_huggingface` as vocab.json and merges.txt, with <|endoftext|> at id 300."""
+    model = json.loads((huggingface / "tokenizer.json").read_text())["model"]
+    (folder / "vocab.json").write_text(json.dumps({**model["vocab"], "<|endoftext|>": 300}))
+    merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in model["merges"]]
+    (folder / "merges.txt").write_text("#version: 0.2\n" + "".join(f"{pair}\n" for pair in merges))
+    return folder
+
+
+def write_ranks(huggingface: Path, folder: Path) -> Path:
+    """The same pieces as a tokenizer.model of tiktoken ranks, with the ids they have there."""
+    model = json.loads((huggingface / "tokenizer.json").read_text())["model"]
+    visible = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [byte for byte in range(256) if byte not in visible]
+    bytes_of = {**{chr(b): b for b in visible}, **{chr(256 + i): b for i, b in enumerate(others)}}
+    pieces = sorted(model["vocab"], key=model["vocab"].__getitem__)
+    lines = [
+        f"{base64.b64encode(bytes(map(bytes_of.__getitem__, piece))).decode()} {i}" for i, piece in enumerate(pieces)
+    ]
+    (folder / "tokenizer.model").write_text("\n".join(lines) + "\n")
+    return folder / "tokenizer.model"
+
+
+def write_wordpiece(_: Path, folder: Path) -> Path:
+    """A vocab.txt of letters, some words of `TEXT` and their ends."""
+    letters = sorted({character for character in TEXT.lower() + TEXT if not character.isspace()})
+    words = sorted({word.strip('.,?"') for word in TEXT.split()})[:60]
+    pieces = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"[]<>_/", *letters, *(f"##{c}" for c in letters)]
+    pieces += [*words, *(word.lower() for word in words), *(f"##{word[-3:]}" for word in words)]
+    (folder / "vocab.txt").write_text("".join(f"{piece}\n" for piece in dict.fromkeys(pieces)))
+    return folder / "vocab.txt"

@@ -3,22 +3,29 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import TypedDict
 
 from megatron.errors import ConfigError, TokenizerError
+from megatron.tokenizer import gpt2, wordpiece
 from megatron.tokenizer.config import TokenizerConfig
-from megatron.tokenizer.huggingface import TOKENIZER_FILE, HuggingFaceTokenizer
+from megatron.tokenizer.gpt2 import GPT2BPETokenizer
+from megatron.tokenizer.huggingface import TOKENIZER_FILE, FalconTokenizer, HuggingFaceTokenizer
 from megatron.tokenizer.null import NullTokenizer
 from megatron.tokenizer.protocol import Tokenizer
 from megatron.tokenizer.sentencepiece import SentencePieceTokenizer
 from megatron.tokenizer.special_tokens import numbered_tokens
+from megatron.tokenizer.tiktoken import TikTokenizer, is_ranks_file
+from megatron.tokenizer.wordpiece import BertWordPieceCase, BertWordPieceLowerCase
 
 SENTENCEPIECE_FILE = "tokenizer.model"
-TYPES = (SentencePieceTokenizer.name, HuggingFaceTokenizer.name, NullTokenizer.name)
-TYPES_OF_OTHER_PROGRAMS = ("GPT2BPETokenizer", "FalconTokenizer", "BertWordPieceLowerCase", "BertWordPieceCase")
 
 logger = logging.getLogger(__name__)
+
+Builder = Callable[[Path, TokenizerConfig], Tokenizer]
+"""Loads a tokenizer from its file, or from the folder it is in."""
 
 
 def build_tokenizer(config: TokenizerConfig) -> Tokenizer:
@@ -27,11 +34,6 @@ def build_tokenizer(config: TokenizerConfig) -> Tokenizer:
     Raises `ConfigError` for flags that do not name a tokenizer, `TokenizerError` for files that are not one.
     """
     tokenizer_type = config.tokenizer_type or _type_of_file(config)
-    if tokenizer_type in TYPES_OF_OTHER_PROGRAMS:
-        raise ConfigError(
-            f"--tokenizer_type {tokenizer_type} is not available; use --tokenizer_type HuggingFaceTokenizer with "
-            "--tokenizer_model naming the model's folder or its tokenizer.json, which gives the same ids."
-        )
     if tokenizer_type not in TYPES:
         raise ConfigError(f"--tokenizer_type {tokenizer_type} is unknown; use one of {', '.join(TYPES)}.")
     if tokenizer_type == NullTokenizer.name:
@@ -42,10 +44,12 @@ def build_tokenizer(config: TokenizerConfig) -> Tokenizer:
         raise ConfigError(
             f"--vocab_size {config.vocab_size} is for NullTokenizer; {tokenizer_type} has its file's size: drop it."
         )
-    path = Path(config.path)
-    if tokenizer_type == HuggingFaceTokenizer.name:
-        return _build_huggingface(path, config)
-    return _build_sentencepiece(path / SENTENCEPIECE_FILE if path.is_dir() else path, config)
+    if config.tiktoken_encoding is not None and tokenizer_type != TikTokenizer.name:
+        raise ConfigError(
+            f"--tiktoken_encoding {config.tiktoken_encoding} is for TikTokenizer, and this is a {tokenizer_type}; drop "
+            "one of them."
+        )
+    return BUILDERS[tokenizer_type](Path(config.path), config)
 
 
 def fit_to_vocabulary(config: TokenizerConfig, num_rows: int) -> Tokenizer:
@@ -90,6 +94,8 @@ def _no_row_message(config: TokenizerConfig, tokenizer: Tokenizer, asked_for: li
 
 
 def _type_of_file(config: TokenizerConfig) -> str:
+    if config.merge_file is not None:
+        return GPT2BPETokenizer.name
     if config.path is None:
         if config.vocab_size is not None:
             return NullTokenizer.name
@@ -97,8 +103,26 @@ def _type_of_file(config: TokenizerConfig) -> str:
             "no tokenizer is given; name a SentencePiece tokenizer.model, a Hugging Face folder or a tokenizer.json "
             "with --tokenizer_model, or give --tokenizer_type NullTokenizer --vocab_size N."
         )
-    is_huggingface = config.path.endswith(".json") or Path(config.path).is_dir()
-    return HuggingFaceTokenizer.name if is_huggingface else SentencePieceTokenizer.name
+    path = Path(config.path)
+    if path.is_dir():
+        return _type_of_folder(path)
+    if path.suffix == ".txt":
+        raise ConfigError(
+            f"{path} may be BERT's vocab.txt, which does not say whether it has capitals; give --tokenizer_type "
+            "BertWordPieceLowerCase or BertWordPieceCase."
+        )
+    if path.suffix == ".json":
+        return HuggingFaceTokenizer.name
+    return TikTokenizer.name if is_ranks_file(path) else SentencePieceTokenizer.name
+
+
+def _type_of_folder(folder: Path) -> str:
+    has_json = (folder / TOKENIZER_FILE).is_file()
+    if not has_json and is_ranks_file(folder / SENTENCEPIECE_FILE):
+        return TikTokenizer.name
+    if not has_json and all((folder / name).is_file() for name in (gpt2.VOCAB_FILE, gpt2.MERGES_FILE)):
+        return GPT2BPETokenizer.name
+    return HuggingFaceTokenizer.name
 
 
 def _build_null(config: TokenizerConfig) -> NullTokenizer:
@@ -118,21 +142,61 @@ def _build_null(config: TokenizerConfig) -> NullTokenizer:
 def _build_huggingface(path: Path, config: TokenizerConfig) -> Tokenizer:
     sentencepiece_file = path / SENTENCEPIECE_FILE
     if path.is_dir() and not (path / TOKENIZER_FILE).is_file() and sentencepiece_file.is_file():
+        build = _build_tiktoken if is_ranks_file(sentencepiece_file) else _build_sentencepiece
         logger.warning("%s has no %s; %s is used instead.", path, TOKENIZER_FILE, sentencepiece_file)
-        return _build_sentencepiece(sentencepiece_file, config)
-    return HuggingFaceTokenizer(
-        path,
-        vocab_extra_ids=config.vocab_extra_ids,
-        extra_tokens=config.vocab_extra_ids_list,
-        parse_special=config.parse_special,
-    )
+        return build(sentencepiece_file, config)
+    return HuggingFaceTokenizer(path, **_additions(config))
 
 
-def _build_sentencepiece(model_file: Path, config: TokenizerConfig) -> SentencePieceTokenizer:
-    return SentencePieceTokenizer(
-        model_file,
-        vocab_extra_ids=config.vocab_extra_ids,
-        extra_tokens=config.vocab_extra_ids_list,
-        no_new_tokens=config.no_new_tokens,
-        parse_special=config.parse_special,
-    )
+def _build_falcon(path: Path, config: TokenizerConfig) -> Tokenizer:
+    return FalconTokenizer(path, **_additions(config))
+
+
+def _build_sentencepiece(path: Path, config: TokenizerConfig) -> Tokenizer:
+    model_file = path / SENTENCEPIECE_FILE if path.is_dir() else path
+    return SentencePieceTokenizer(model_file, no_new_tokens=config.no_new_tokens, **_additions(config))
+
+
+def _build_gpt2(path: Path, config: TokenizerConfig) -> Tokenizer:
+    vocab_file = path / gpt2.VOCAB_FILE if path.is_dir() else path
+    merge_file = vocab_file.with_name(gpt2.MERGES_FILE) if config.merge_file is None else Path(config.merge_file)
+    return GPT2BPETokenizer(vocab_file, merge_file, **_additions(config))
+
+
+def _build_tiktoken(path: Path, config: TokenizerConfig) -> Tokenizer:
+    ranks_file = path / SENTENCEPIECE_FILE if path.is_dir() else path
+    return TikTokenizer(ranks_file, encoding=config.tiktoken_encoding, **_additions(config))
+
+
+def _build_bert_case(path: Path, config: TokenizerConfig) -> Tokenizer:
+    return BertWordPieceCase(path / wordpiece.VOCAB_FILE if path.is_dir() else path, **_additions(config))
+
+
+def _build_bert_lowercase(path: Path, config: TokenizerConfig) -> Tokenizer:
+    return BertWordPieceLowerCase(path / wordpiece.VOCAB_FILE if path.is_dir() else path, **_additions(config))
+
+
+class _Additions(TypedDict):
+    vocab_extra_ids: int
+    extra_tokens: Sequence[str]
+    parse_special: bool
+
+
+def _additions(config: TokenizerConfig) -> _Additions:
+    return {
+        "vocab_extra_ids": config.vocab_extra_ids,
+        "extra_tokens": config.vocab_extra_ids_list,
+        "parse_special": config.parse_special,
+    }
+
+
+BUILDERS: Mapping[str, Builder] = {
+    SentencePieceTokenizer.name: _build_sentencepiece,
+    HuggingFaceTokenizer.name: _build_huggingface,
+    GPT2BPETokenizer.name: _build_gpt2,
+    FalconTokenizer.name: _build_falcon,
+    TikTokenizer.name: _build_tiktoken,
+    BertWordPieceLowerCase.name: _build_bert_lowercase,
+    BertWordPieceCase.name: _build_bert_case,
+}
+TYPES = (*BUILDERS, NullTokenizer.name)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Literal
 
 from megatron.errors import ConfigError
 
@@ -19,16 +20,26 @@ class TokenizerConfig:
     tokenizer_type: str | None = field(
         default=None,
         metadata={
-            "help": "SentencePieceTokenizer, HuggingFaceTokenizer or NullTokenizer (data that is tokenized already); "
-            "default: by the kind of file given"
+            "help": "SentencePieceTokenizer, HuggingFaceTokenizer, GPT2BPETokenizer, FalconTokenizer, TikTokenizer, "
+            "BertWordPieceLowerCase, BertWordPieceCase or NullTokenizer (data that is tokenized already); default: by "
+            "the kind of file given"
         },
     )
     tokenizer_model: str | None = field(
         default=None,
-        metadata={"help": "SentencePiece tokenizer.model, or a Hugging Face folder or tokenizer.json"},
+        metadata={
+            "help": "the tokenizer's file or folder: SentencePiece tokenizer.model, Hugging Face tokenizer.json, "
+            "Llama 3's tokenizer.model or another file of tiktoken ranks, vocab.json and merges.txt, BERT's vocab.txt"
+        },
     )
     vocab_file: str | None = field(default=None, metadata={"help": "another name for --tokenizer_model"})
-    merge_file: str | None = field(default=None, metadata={"help": "not used: see --tokenizer_model"})
+    merge_file: str | None = field(
+        default=None, metadata={"help": "GPT2BPETokenizer: merges.txt; --vocab_file is its vocab.json then"}
+    )
+    tiktoken_encoding: Literal["llama3", "cl100k", "o200k", "gpt2"] | None = field(
+        default=None,
+        metadata={"help": "TikTokenizer: how text is cut into words; default: by the number of ranks in the file"},
+    )
     vocab_extra_ids: int = field(
         default=0, metadata={"help": "number of tokens <extra_id_0>, <extra_id_1>, ... to add"}
     )
@@ -37,7 +48,9 @@ class TokenizerConfig:
     )
     no_new_tokens: bool = field(
         default=False,
-        metadata={"help": "SentencePiece: add none of <CLS>, <SEP>, <EOD>, <MASK>, <PAD>; documents end with eos"},
+        metadata={
+            "help": "SentencePieceTokenizer: add none of <CLS>, <SEP>, <EOD>, <MASK>, <PAD>; documents end with eos"
+        },
     )
     vocab_size: int | None = field(default=None, metadata={"help": "NullTokenizer: its number of ids"})
     parse_special: bool = field(
@@ -57,11 +70,13 @@ class TokenizerConfig:
             raise ConfigError(f"--vocab_extra_ids_list names {repeated[0]!r} more than once; name every token once.")
         if self.vocab_extra_ids < 0:
             raise ConfigError(f"--vocab_extra_ids {self.vocab_extra_ids} is negative; it is a number of tokens to add.")
-        if self.merge_file is not None:
+        if self.merge_file is not None and self.tokenizer_type not in (None, "GPT2BPETokenizer"):
             raise ConfigError(
-                f"--merge_file {self.merge_file} is not used; give the folder with its tokenizer.json to "
-                "--tokenizer_model, with --tokenizer_type HuggingFaceTokenizer."
+                f"--merge_file {self.merge_file} is for GPT2BPETokenizer, and --tokenizer_type is "
+                f"{self.tokenizer_type}; drop one of them."
             )
+        if self.merge_file is not None and self.path is None:
+            raise ConfigError(f"--merge_file {self.merge_file} needs its vocab.json; give --vocab_file too.")
         if self.tokenizer_model and self.vocab_file and self.tokenizer_model != self.vocab_file:
             raise ConfigError(
                 f"--tokenizer_model {self.tokenizer_model} and --vocab_file {self.vocab_file} differ, and both name "

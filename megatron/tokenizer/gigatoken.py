@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import tokenizers
 
-from megatron.tokenizer.huggingface import HuggingFaceTokenizer
+from megatron.tokenizer.library import LibraryTokenizer
 from megatron.tokenizer.protocol import TokenArray, Tokenizer
 from megatron.tokenizer.sentencepiece import SentencePieceTokenizer
 
@@ -117,7 +117,7 @@ def _load(reference: Tokenizer) -> gigatoken.Tokenizer:
     try:
         if isinstance(reference, SentencePieceTokenizer):
             return gigatoken.Tokenizer.from_sentencepiece(reference.model_proto)
-        if isinstance(reference, HuggingFaceTokenizer):
+        if isinstance(reference, LibraryTokenizer):
             _refuse_what_no_comparison_shows(reference.library)
             return gigatoken.Tokenizer.from_json(reference.library.to_str())
     except FastTokenizerUnavailable:

@@ -1,20 +1,17 @@
-"""Hugging Face's tokenizer.json through the `tokenizers` library."""
+"""Hugging Face's tokenizer.json."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import tokenizers
 
 from megatron.errors import TokenizerError
-from megatron.tokenizer.protocol import TokenArray, TokenizerIdentity, check_ids, encode_in_threads
-from megatron.tokenizer.special_tokens import numbered_tokens
+from megatron.tokenizer.library import LibraryTokenizer
 
 TOKENIZER_FILE = "tokenizer.json"
 # First those that name the token, then those that give its id: the order in which transformers trusts them.
@@ -22,11 +19,10 @@ TOKEN_NAME_FILES = ("tokenizer_config.json", "special_tokens_map.json")
 TOKEN_ID_FILES = ("generation_config.json", "config.json")
 
 
-class HuggingFaceTokenizer:
-    """A folder with a tokenizer.json, or that file; bos, eos and pad come from the files beside it.
+class HuggingFaceTokenizer(LibraryTokenizer):
+    """A folder with a tokenizer.json, or that file; bos, eos and the others come from the files beside it.
 
-    A document ends with eos. Truncation and padding that the file asks for are switched off, and no
-    template adds tokens. `extra_tokens` are matched in text, also those that the file holds as special.
+    `extra_tokens` are matched in text, also those that the file holds as special.
     """
 
     name = "HuggingFaceTokenizer"
@@ -35,67 +31,23 @@ class HuggingFaceTokenizer:
         self, path: Path, *, vocab_extra_ids: int = 0, extra_tokens: Sequence[str] = (), parse_special: bool = False
     ):
         file = path / TOKENIZER_FILE if path.is_dir() else path
-        self._model, sha256 = _load(file, extra_tokens)
-        self._model.no_truncation()
-        self._model.no_padding()
-        self._model.add_special_tokens(numbered_tokens(vocab_extra_ids))
-        self._model.add_tokens([tokenizers.AddedToken(token, normalized=False) for token in extra_tokens])
-        self._model.encode_special_tokens = not parse_special
-        added = [*numbered_tokens(vocab_extra_ids), *extra_tokens]
-        vocabulary = self._model.get_vocab(with_added_tokens=True)
-        self.added_tokens: Mapping[str, int] = {token: vocabulary[token] for token in added}
-        self.literals = frozenset(
-            [*added, *(token.content for token in self._model.get_added_tokens_decoder().values())]
-        )
-        # Ids may have holes; the largest decides the size of an embedding.
-        self.vocab_size = 1 + max(vocabulary.values())
-        self.bos = self._special_id("bos", file.parent)
-        self.eos = self._special_id("eos", file.parent)
-        self.pad = self._special_id("pad", file.parent)
-        self.eod = self.eos
-        self.identity = TokenizerIdentity(
-            type=self.name,
-            vocab_size=self.vocab_size,
-            file_sha256=sha256,
-            added_tokens=tuple(added),
-            bos=self.bos,
-            eos=self.eos,
-            pad=self.pad,
-            eod=self.eod,
+        self._folder = file.parent
+        super().__init__(
+            *_load(file, extra_tokens),
+            vocab_extra_ids=vocab_extra_ids,
+            extra_tokens=extra_tokens,
             parse_special=parse_special,
         )
 
-    @property
-    def library(self) -> tokenizers.Tokenizer:
-        """The library's own tokenizer, added tokens included."""
-        return self._model
-
-    def encode(self, text: str) -> list[int]:
-        return self._model.encode(text, add_special_tokens=False).ids
-
-    def encode_batch(self, texts: Sequence[str], num_threads: int = 1) -> list[TokenArray]:
-        # The library would otherwise use every core, however few are asked for; it reads this before each batch.
-        os.environ["TOKENIZERS_PARALLELISM"] = "false"
-        return encode_in_threads(self._encode_many, texts, num_threads)
-
-    def _encode_many(self, texts: Sequence[str]) -> list[TokenArray]:
-        # A batch frees the interpreter where a single text does not, and the fast variant computes no offsets.
-        encodings = self._model.encode_batch_fast(list(texts), add_special_tokens=False)
-        return [np.array(encoding.ids, dtype=np.int32) for encoding in encodings]
-
-    def decode(self, ids: Sequence[int]) -> str:
-        check_ids(ids, self.vocab_size, self.name)
-        return self._model.decode([int(token) for token in ids], skip_special_tokens=False)
-
-    def _special_id(self, role: str, folder: Path) -> int | None:
+    def special_id(self, role: str) -> int | None:
         for file_name in TOKEN_NAME_FILES:
-            token = _read_json(folder / file_name).get(f"{role}_token")
+            token = _read_json(self._folder / file_name).get(f"{role}_token")
             if isinstance(token, dict):
                 token = token.get("content")
             if token is not None:
-                return self._id_of(token, role, folder / file_name)
+                return self._id_of(token, role, self._folder / file_name)
         for file_name in TOKEN_ID_FILES:
-            token_id = _read_json(folder / file_name).get(f"{role}_token_id")
+            token_id = _read_json(self._folder / file_name).get(f"{role}_token_id")
             if isinstance(token_id, list):  # several ids end a generation; the first ends a document
                 token_id = token_id[0] if token_id else None
             if token_id is not None:
@@ -110,6 +62,16 @@ class HuggingFaceTokenizer:
                 "the two belong to different tokenizers, copy both from one model."
             )
         return token_id
+
+
+class FalconTokenizer(HuggingFaceTokenizer):
+    """Falcon's tokenizer.json, wherever it lies: it ends documents with ``<|endoftext|>`` also without files beside."""
+
+    name = "FalconTokenizer"
+
+    def special_id(self, role: str) -> int | None:
+        named = super().special_id(role)
+        return self._model.token_to_id("<|endoftext|>") if named is None and role == "eos" else named
 
 
 def _load(file: Path, extra_tokens: Sequence[str]) -> tuple[tokenizers.Tokenizer, str]:

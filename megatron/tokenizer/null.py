@@ -21,6 +21,9 @@ class NullTokenizer:
     eos: int | None = None
     pad: int | None = None
     eod: int | None = None
+    cls: int | None = None
+    sep: int | None = None
+    mask: int | None = None
 
     def __init__(self, vocab_size: int):
         self.vocab_size = vocab_size

@@ -79,6 +79,15 @@ class Tokenizer(Protocol):
     def eod(self) -> int | None:
         """The id that ends a document in pre-training data."""
 
+    @property
+    def cls(self) -> int | None: ...
+
+    @property
+    def sep(self) -> int | None: ...
+
+    @property
+    def mask(self) -> int | None: ...
+
     def encode(self, text: str) -> list[int]: ...
 
     def encode_batch(self, texts: Sequence[str], num_threads: int = 1) -> list[TokenArray]:

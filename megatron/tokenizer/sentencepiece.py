@@ -55,6 +55,7 @@ class SentencePieceTokenizer:
         self.vocab_size = max(self.num_model_pieces, 1 + max(added.values(), default=-1))
         self.eod = self.eos if no_new_tokens else added["<EOD>"]
         self.pad = self.eos if no_new_tokens else added.get(PAD_ADDITION, model_pad)
+        self.cls, self.sep, self.mask = added.get("<CLS>"), added.get("<SEP>"), added.get("<MASK>")
 
         control = {piece: i for piece, i in pieces.items() if self._model.is_control(i)}
         matched = {**control, **added} if parse_special else {token: added[token] for token in extra_tokens}

@@ -9,7 +9,14 @@ import pytest
 
 from megatron.errors import ConfigError, TokenizerError
 from megatron.tokenizer import TokenizerConfig, build_tokenizer, fit_to_vocabulary
-from tiny_tokenizers import SENTENCEPIECE_PIECES, write_huggingface, write_sentencepiece
+from tiny_tokenizers import (
+    SENTENCEPIECE_PIECES,
+    write_gpt2,
+    write_huggingface,
+    write_ranks,
+    write_sentencepiece,
+    write_wordpiece,
+)
 
 WITH_ADDITIONS = SENTENCEPIECE_PIECES + 5
 
@@ -29,6 +36,39 @@ def test_the_kind_of_file_decides_where_no_type_is_given(model_file, hf_folder):
     assert build_tokenizer(TokenizerConfig(tokenizer_model=hf_folder)).name == "HuggingFaceTokenizer"
     assert build_tokenizer(TokenizerConfig(vocab_file=f"{hf_folder}/tokenizer.json")).name == "HuggingFaceTokenizer"
     assert build_tokenizer(TokenizerConfig(vocab_size=7)).name == "NullTokenizer"
+
+
+def test_the_files_in_a_folder_decide_where_no_type_is_given(hf_folder, tmp_path):
+    for name, write in {"GPT2BPETokenizer": write_gpt2, "TikTokenizer": write_ranks}.items():
+        folder = tmp_path / name
+        folder.mkdir()
+        write(Path(hf_folder), folder)
+        config = TokenizerConfig(tokenizer_model=str(folder), tiktoken_encoding="gpt2" if "Tik" in name else None)
+        assert build_tokenizer(config).name == name
+    ranks = TokenizerConfig(vocab_file=f"{tmp_path}/TikTokenizer/tokenizer.model", tiktoken_encoding="gpt2")
+    assert build_tokenizer(ranks).name == "TikTokenizer"
+    named = TokenizerConfig("HuggingFaceTokenizer", f"{tmp_path}/TikTokenizer", tiktoken_encoding=None)
+    with pytest.raises(ConfigError, match="ranks and is none of the encodings"):
+        build_tokenizer(named)
+
+
+@pytest.mark.parametrize("name", ["GPT2BPETokenizer", "TikTokenizer", "BertWordPieceCase", "FalconTokenizer"])
+def test_every_option_reaches_the_other_types_too(hf_folder, tmp_path, name):
+    path = Path(hf_folder)
+    if name != "FalconTokenizer":
+        path = tmp_path
+        {"GPT2BPETokenizer": write_gpt2, "TikTokenizer": write_ranks, "BertWordPieceCase": write_wordpiece}[name](
+            Path(hf_folder), path
+        )
+    options = {"vocab_extra_ids": 1, "vocab_extra_ids_list": ("[a],[b]",)}
+    encoding = {"tiktoken_encoding": "gpt2"} if name == "TikTokenizer" else {}
+    built = build_tokenizer(TokenizerConfig(name, str(path), **options, **encoding))
+    plain = build_tokenizer(TokenizerConfig(name, str(path), **encoding))
+    size = plain.vocab_size
+    assert built.added_tokens == {"<extra_id_0>": size, "[a]": size + 1, "[b]": size + 2}
+    assert size + 2 in built.encode("x[b]") and size not in built.encode("<extra_id_0>")
+    parsing = build_tokenizer(TokenizerConfig(name, str(path), parse_special=True, **options, **encoding))
+    assert size in parsing.encode("<extra_id_0>")
 
 
 def test_every_option_reaches_the_tokenizer(model_file, hf_folder):
@@ -56,9 +96,12 @@ def test_a_folder_serves_the_sentencepiece_type_too(model_file):
     ("options", "message"),
     [
         ({}, "no tokenizer is given; .*--tokenizer_model, or .*NullTokenizer --vocab_size N"),
-        ({"tokenizer_type": "GPT2BPETokenizer"}, "GPT2BPETokenizer is not available; use .*HuggingFaceTokenizer"),
-        ({"tokenizer_type": "FalconTokenizer"}, "FalconTokenizer is not available; use .*HuggingFaceTokenizer"),
-        ({"tokenizer_type": "BertWordPieceCase"}, "BertWordPieceCase is not available; use .*HuggingFaceTokenizer"),
+        ({"tokenizer_type": "GPT2BPETokenizer"}, "GPT2BPETokenizer needs its file; give --tokenizer_model PATH"),
+        ({"vocab_file": "vocab.txt"}, "vocab.txt may be BERT's .* --tokenizer_type BertWordPieceLowerCase or Bert"),
+        (
+            {"vocab_file": "a.json", "tiktoken_encoding": "gpt2"},
+            "--tiktoken_encoding gpt2 is for TikTokenizer, and this is a HuggingFaceTokenizer; drop one",
+        ),
         ({"tokenizer_type": "Sentencepiece"}, "Sentencepiece is unknown; use one of SentencePieceTokenizer, Hugging"),
         ({"tokenizer_type": "SentencePieceTokenizer"}, "needs its file; give --tokenizer_model PATH"),
         (
@@ -82,7 +125,11 @@ def test_flags_that_name_no_tokenizer_are_refused(options, message):
         ({"vocab_extra_ids_list": ("[a],,[b]",)}, r"--vocab_extra_ids_list '\[a\],,\[b\]' has an empty token"),
         ({"vocab_extra_ids_list": ("[a],[b],[a]",)}, r"names '\[a\]' more than once"),
         ({"vocab_extra_ids": -1}, "--vocab_extra_ids -1 is negative"),
-        ({"merge_file": "merges.txt"}, "--merge_file merges.txt is not used; .*--tokenizer_type HuggingFaceTokenizer"),
+        ({"merge_file": "merges.txt"}, "--merge_file merges.txt needs its vocab.json; give --vocab_file too"),
+        (
+            {"merge_file": "m.txt", "vocab_file": "v", "tokenizer_type": "FalconTokenizer"},
+            "--merge_file m.txt is for GPT2BPETokenizer, and --tokenizer_type is FalconTokenizer; drop one of them",
+        ),
         ({"vocab_file": "a", "tokenizer_model": "b"}, "--tokenizer_model b and --vocab_file a differ"),
     ],
 )

@@ -8,7 +8,7 @@ import pytest
 import tokenizers
 
 from megatron.errors import TokenizerError
-from megatron.tokenizer.huggingface import HuggingFaceTokenizer
+from megatron.tokenizer.huggingface import FalconTokenizer, HuggingFaceTokenizer
 from tiny_tokenizers import TEXT, write_huggingface
 
 BEGIN, END = 300, 301
@@ -190,3 +190,12 @@ def test_a_broken_tokenizer_config_is_named(tmp_path):
 def test_an_id_outside_the_vocabulary_is_not_decoded(folder):
     with pytest.raises(TokenizerError, match="id -1 is outside the 302 ids of the HuggingFaceTokenizer"):
         HuggingFaceTokenizer(folder).decode([-1])
+
+
+def test_falcon_ends_documents_with_its_own_token_also_without_files_beside(tmp_path, folder):
+    write_huggingface(tmp_path, special=("<|begin|>", "<|endoftext|>"))
+    (tmp_path / "tokenizer_config.json").unlink()
+    falcon = FalconTokenizer(tmp_path / "tokenizer.json")
+    assert (falcon.name, falcon.eos, falcon.eod) == ("FalconTokenizer", 301, 301)
+    assert HuggingFaceTokenizer(tmp_path).eod is None
+    assert FalconTokenizer(folder).eod == END  # what the files beside name comes first
