@@ -11,10 +11,11 @@ from torch import Tensor
 
 from megatron.checkpoint.dcp_metadata import Chunk, read_metadata
 from megatron.checkpoint.plan import Rectangle, parts_of
-from megatron.checkpoint.torch_stream import TorchStream
+from megatron.checkpoint.torch_archive import ArchivedTensor, archived_tensors
 from megatron.errors import DamagedCheckpointError
 
-_MAX_STREAMS = 1024
+_MAX_OPENED = 1024
+_REMEDY = "Copy the checkpoint again from where it was saved, or use another."
 
 
 class DcpTensors:
@@ -26,7 +27,7 @@ class DcpTensors:
     def __init__(self, path: Path):
         self.path = path
         self._tensors = read_metadata(path)
-        self._stream = lru_cache(maxsize=_MAX_STREAMS)(self._opened)
+        self._chunk = lru_cache(maxsize=_MAX_OPENED)(self._opened)
 
     def names(self) -> Sequence[str]:
         return list(self._tensors)
@@ -43,17 +44,19 @@ class DcpTensors:
         for part in parts_of(wanted, [chunk.rectangle for chunk in tensor.chunks]):
             chunk = tensor.chunks[part.piece]
             inner = tuple(s.start for s in part.rectangle.slices_in(chunk.rectangle))
-            stream = self._stream(name, chunk)
-            out[part.rectangle.slices_in(wanted)] = stream.read(Rectangle(inner, part.rectangle.size))
+            stored = self._chunk(name, chunk)
+            out[part.rectangle.slices_in(wanted)] = stored.read(Rectangle(inner, part.rectangle.size))
         return out
 
-    def _opened(self, name: str, chunk: Chunk) -> TorchStream:
-        stream = TorchStream(self.path / chunk.file, chunk.offset, chunk.num_bytes)
+    def _opened(self, name: str, chunk: Chunk) -> ArchivedTensor:
+        path = self.path / chunk.file
+        stored = archived_tensors(path, chunk.offset, chunk.num_bytes).get("")
+        if stored is None:
+            raise DamagedCheckpointError(f"{path}: {name} at byte {chunk.offset} is no tensor. {_REMEDY}")
         expected = chunk.rectangle.size, self._tensors[name].dtype
-        if (stream.shape, stream.dtype) != expected:
+        if (stored.shape, stored.dtype) != expected:
             raise DamagedCheckpointError(
-                f"{stream.path}: {name} has shape {list(stream.shape)} and {stream.dtype} at byte {chunk.offset}, not "
-                f"{list(expected[0])} and {expected[1]}; the file belongs to another checkpoint. "
-                "Copy the checkpoint again from where it was saved, or use another."
+                f"{path}: {name} has shape {list(stored.shape)} and {stored.dtype} at byte {chunk.offset}, not "
+                f"{list(expected[0])} and {expected[1]}; the file belongs to another checkpoint. {_REMEDY}"
             )
-        return stream
+        return stored

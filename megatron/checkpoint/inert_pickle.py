@@ -1,7 +1,8 @@
 """Pickles read as data: nothing that a pickle names is imported, and nothing of it is called.
 
-The files of torch.distributed.checkpoint are pickles of plain records around numbers. Their classes become stand-ins
-that keep what the file says, as in `unpickle`, which reads files of torch.save and cannot read these.
+What torch.distributed.checkpoint and torch.save write are pickles of plain records around numbers. Their classes and
+functions become stand-ins that keep what the file says, so that a reader can see where tensors lie without them being
+made. (`unpickle` has torch.load make them.)
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ _INERT_NAMES: Final = frozenset(
         "pathlib.WindowsPath",
         "pathlib._local.PosixPath",
         "pathlib._local.WindowsPath",
+        "torch._utils._rebuild_parameter",
         "torch._utils._rebuild_tensor_v2",
         "torch.serialization._get_layout",
         "torch.BFloat16Storage",

@@ -10,50 +10,44 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron.checkpoint.plan import Rectangle
+from megatron.checkpoint.torch_archive import ArchivedTensor, archived_tensors
 from megatron.checkpoint.unpickle import read_torch_file
 from megatron.errors import CheckpointError
-
-# The pages of a mapped file that were touched count as memory of this process until it is mapped anew.
-_REMAP_BYTES = 64 * 2**20
 
 
 class TorchFile:
     """See `NamedTensors`. Mappings in mappings are flattened, their keys joined by dots; what is no tensor is left out.
 
-    Raises CheckpointError if the file holds no tensors, is damaged, or brings what could run a program.
+    A file in the format before zip archives (PyTorch 1.5) is in memory as a whole. Raises CheckpointError if the file
+    holds no tensors, is damaged, or brings what could run a program.
     """
 
     def __init__(self, path: Path):
         self.path = path
-        self._is_mapped = zipfile.is_zipfile(path)  # an older file is in memory as a whole
-        self._loaded: dict[str, Tensor] = {}
-        self._num_read_bytes = 0
-        self._facts = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in self._tensors().items()}
-        if not self._facts:
+        self._tensors: Mapping[str, ArchivedTensor | Tensor]
+        if path.is_file() and zipfile.is_zipfile(path):
+            self._tensors = archived_tensors(path)
+        else:
+            self._tensors = dict(_flat(read_torch_file(path), ""))
+        if not self._tensors:
             raise CheckpointError(f"{path} holds no tensors; give a file with a model's state dictionary.")
 
     def names(self) -> Sequence[str]:
-        return list(self._facts)
+        return list(self._tensors)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        return self._facts[name][0]
+        return tuple(self._tensors[name].shape)
 
     def dtype(self, name: str) -> torch.dtype:
-        return self._facts[name][1]
+        return self._tensors[name].dtype
 
     def read(self, name: str, start: Sequence[int], size: Sequence[int]) -> Tensor:
+        tensor = self._tensors[name]
+        if isinstance(tensor, ArchivedTensor):
+            return tensor.read(Rectangle(tuple(start), tuple(size)))
         slices = tuple(slice(a, a + n) for a, n in zip(start, size, strict=True))
-        part = self._tensors()[name][slices].clone(memory_format=torch.contiguous_format)
-        self._num_read_bytes += part.nbytes
-        if self._is_mapped and self._num_read_bytes >= _REMAP_BYTES:
-            self._loaded, self._num_read_bytes = {}, 0
-        return part
-
-    def _tensors(self) -> dict[str, Tensor]:
-        loaded = self._loaded  # another thread may let go of it at any moment
-        if not loaded:
-            self._loaded = loaded = dict(_flat(read_torch_file(self.path), ""))
-        return loaded
+        return tensor[slices].clone(memory_format=torch.contiguous_format)
 
 
 def _flat(value: Any, name: str) -> Iterator[tuple[str, Tensor]]:

@@ -199,7 +199,7 @@ def _edit_info(folder, **changes):
         ({"relative_path": "../secret"}, r"a lies in ../secret, outside of the checkpoint's folder"),
         ({"transform_descriptors": ["zstd"]}, r"a was stored through zstd, which is not supported"),
         ({"offset": -5}, r"is no metadata of torch.distributed.checkpoint \(ValueError: \(-5, \d+\) are no sizes"),
-        ({"offset": 100}, r"holds no tensor of torch.save"),
+        ({"offset": 100}, r"__0_0.distcp: a at byte 100 is no tensor"),
         ({"relative_path": 3}, "is no metadata of torch.distributed.checkpoint"),
     ],
 )
