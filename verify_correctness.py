@@ -16,7 +16,7 @@ import sys
 from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 import torch
 from torch import nn
@@ -32,6 +32,7 @@ from megatron.core.topology import Topology, launch_environment
 from megatron.data.loader import Batch, batches_for_step
 from megatron.data.sample import SampleSource, TrainingData
 from megatron.errors import CheckpointError, ConfigError
+from megatron.model.bert import BertLogits
 from megatron.model.presets import hub_name
 from megatron.tokenizer import fit_to_vocabulary
 from megatron.training.build import PipelineParts
@@ -40,6 +41,9 @@ from megatron.training.comparison import Comparison, Reference, compare_logits, 
 from megatron.training.datasets import build_datasets
 from megatron.training.logging import configure_logging
 from megatron.training.run import build_run_parts, choose_device, choose_kernel, compute_dtype
+
+if TYPE_CHECKING:
+    from transformers.models.bert.modeling_bert import BertForPreTrainingOutput
 
 # Two correct programs differ by rounding: at 32 layers and logits of up to 30, by 1e-4 in fp32 and some 0.1 in bf16.
 TOLERANCE_FP32: Final = 1e-3
@@ -172,12 +176,11 @@ def _build_and_load(run: RunConfig, topology: Topology, source: Source) -> Pipel
 
 
 def _load_reference(name: str, run: RunConfig, options: argparse.Namespace, topology: Topology) -> Reference:
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, AutoModelForPreTraining
 
+    kind = AutoModelForPreTraining if run.model.bert_head else AutoModelForCausalLM
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            name, dtype=compute_dtype(run), cache_dir=options.huggingface_cache
-        )
+        model = kind.from_pretrained(name, dtype=compute_dtype(run), cache_dir=options.huggingface_cache)
     except (OSError, ValueError) as error:
         cause = " ".join(str(error).split())
         raise CheckpointError(f"{name} cannot be opened by transformers ({cause}); check the name.") from error
@@ -189,7 +192,14 @@ def _load_reference(name: str, run: RunConfig, options: argparse.Namespace, topo
     device = torch.device(options.huggingface_device or topology.device)
     module: nn.Module = model.eval()
     module.to(device)
+    if run.model.bert_head:
+        return lambda tokens: _bert_logits(model(tokens.to(device)))
     return lambda tokens: model(tokens.to(device), use_cache=False).logits
+
+
+def _bert_logits(output: BertForPreTrainingOutput) -> BertLogits:
+    assert output.prediction_logits is not None and output.seq_relationship_logits is not None
+    return BertLogits(output.prediction_logits, output.seq_relationship_logits)
 
 
 def _random_batches(run: RunConfig, topology: Topology) -> list[Batch]:

@@ -17,9 +17,13 @@ from distributed import run_distributed, run_torchrun
 from finetune_runs import write_tokens
 from megatron.checkpoint.hf import HuggingFaceSource
 from megatron.checkpoint.importing import import_weights
-from megatron.core.topology import Topology
+from megatron.checkpoint.manager import save
+from megatron.checkpoint.source import MODEL, CheckpointInfo, LocalTensor, RunState
+from megatron.core.tensor_parallel import shard_specs
+from megatron.core.topology import Axis, Topology
 from megatron.errors import CheckpointError, ConfigError
 from megatron.training.comparison import Comparison, overall
+from reference import BERT, seeded, serial_stage, tiny_config
 
 # Logits of this model are at most 10, so that 1e-5 is some ten units in the last place of fp32.
 TOLERANCE = "--tolerance=1e-5"
@@ -38,6 +42,17 @@ def save_tiny_llama(folder: Path, **overrides: object) -> Path:
     torch.manual_seed(0)
     LlamaForCausalLM(LlamaConfig(**{**SIZES, "initializer_range": 0.2, **overrides})).save_pretrained(folder)
     return folder
+
+
+# With TP2 PP2 and sequence parallelism: all that a family adds to Llama is in one of the two.
+ON_FOUR_RANKS = ("falcon 40b", "gemma")
+
+
+def save_tiny(folder: Path, family: str) -> Path:
+    from hf_folders import save_family
+
+    # Norms of 0.3 keep logits small, so that a tolerance means the same for all.
+    return save_family(folder, family, std=0.3)
 
 
 @pytest.fixture(scope="module")
@@ -136,6 +151,59 @@ def test_a_hugging_face_folder_is_compared_with_itself(llama: Path) -> None:
     status, out, _ = verify([f"--load={llama}", "--train_iters=1", TOLERANCE])
     assert status == 0
     assert f"reference  {llama} in transformers" in out
+
+
+@pytest.mark.parametrize("family", ["mistral", "falcon 7b", "gpt2", "qwen2", "qwen3", *ON_FOUR_RANKS])
+def test_every_family_has_the_logits_of_transformers(family: str, tmp_path: Path) -> None:
+    folder = save_tiny(tmp_path, family)
+    status, out, err = verify([f"--load={folder}", "--train_iters=1", "--tolerance=1e-4"])
+    assert status == 0, out + err
+    assert column(out, 6) == ["100.00%", "100.00%"]
+
+
+@pytest.mark.parametrize("family", ON_FOUR_RANKS)
+def test_they_are_the_same_under_tensor_pipeline_and_sequence_parallelism(family: str, tmp_path: Path) -> None:
+    folder = save_tiny(tmp_path, family)
+    flags = [f"--load={folder}", "--train_iters=1", "--tolerance=1e-4", *LAYOUTS["TP2 PP2"]]
+    status, out, err = run_distributed(verify, 4, flags)[0]
+    assert status == 0, out + err
+    assert "on TP2 PP2 DP1, fp32, cpu" in out and "CORRECT" in out
+
+
+@pytest.fixture(scope="module")
+def bert(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A native checkpoint, and what transformers saves of the same weights."""
+    from families import transformers_model
+
+    config = tiny_config(**BERT, num_layers=2, init_method_std=0.1)
+    folder, stage = tmp_path_factory.mktemp("bert"), serial_stage(config, seeded(config), dtype=torch.float32)
+    transformers_model("bert", config, seeded(config)).module.float().save_pretrained(folder / "theirs")
+    tensors = [
+        LocalTensor(MODEL, spec.regions(0, 1), stage.get_parameter(name).detach())
+        for name, spec in shard_specs(stage).items()
+    ]
+    save(folder / "ours", CheckpointInfo(RunState(iteration=1), config, "bert"), tensors, Axis("world"))
+    return folder / "ours", folder / "theirs"
+
+
+def test_berts_tokens_and_sentences_are_compared(bert: tuple[Path, Path]) -> None:
+    ours, theirs = bert
+    status, out, err = verify(arguments(ours, theirs, "--tolerance=1e-4"))
+    assert status == 0, out + err
+    assert column(out, 6)[-1] == "100.00%"
+    status, out, err = run_distributed(verify, 4, arguments(ours, theirs, "--tolerance=1e-4", *LAYOUTS["TP2 PP2"]))[0]
+    assert status == 0, out + err
+
+
+def test_a_damaged_weight_behind_the_sentences_alone_is_found(bert: tuple[Path, Path], tmp_path: Path) -> None:
+    ours, theirs = bert
+    tensors = load_file(theirs / "model.safetensors")
+    tensors["cls.seq_relationship.bias"][1] += 1.0
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    (tmp_path / "config.json").write_text((theirs / "config.json").read_text())
+    status, _, err = verify(arguments(ours, tmp_path))
+    assert status == 1
+    assert "WRONG: the largest error of a logit is 1.000e+00, beyond --tolerance 0.001; " in err
 
 
 def test_bf16_is_compared_with_bf16(native: Path, llama: Path) -> None:

@@ -21,16 +21,20 @@ from megatron.core.pipeline.schedules import forward_only
 from megatron.core.tensor_parallel import vocab_parallel_cross_entropy
 from megatron.core.topology import Topology
 from megatron.data.loader import Batch
+from megatron.model.bert import BertLogits
 from megatron.model.stage import Stage
 from megatron.training.build import PipelineParts
 
-Reference: TypeAlias = Callable[[Tensor], Tensor]
-"""tokens [b, s] -> logits [b, s, v], on any device and of any type."""
+Reference: TypeAlias = Callable[[Tensor], Tensor | BertLogits]
+"""tokens [b, s] -> logits [b, s, v], for BERT with those of the sentences, on any device and of any type."""
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Absolute errors of the logits, losses in nats per token, and the share of positions with one greedy token."""
+    """Absolute errors of the logits, losses in nats per token, and the share of positions with one greedy token.
+
+    `max_error` is over the sentences' logits too, where there are any; all else is of tokens.
+    """
 
     max_error: float
     mean_error: float
@@ -101,18 +105,24 @@ class _ComparingForward:
             self._compare(output, batch, stage.config.vocab_size)
         return output
 
-    def _compare(self, output: Tensor, batch: Batch, vocab_size: int) -> None:
-        """output: [s, b, v/tp], consumed."""
+    def _compare(self, output: Tensor | BertLogits, batch: Batch, vocab_size: int) -> None:
+        """Logits of tokens: [s, b, v/tp], consumed."""
         tp, labels, mask = self.topology.tp, batch.labels.t(), batch.loss_mask.t()
-        logits = gather_last_dim(output, tp)[..., :vocab_size].float().clone()
-        losses = vocab_parallel_cross_entropy(output, labels, tp, vocab_size=vocab_size)
+        of_tokens, of_sentences = output if isinstance(output, BertLogits) else (output, None)
+        logits = gather_last_dim(of_tokens, tp)[..., :vocab_size].float().clone()
+        losses = vocab_parallel_cross_entropy(of_tokens, labels, tp, vocab_size=vocab_size)
         if self.reference is None:
             return
-        expected = self.reference(batch.tokens).to(logits).transpose(0, 1)
+        theirs = self.reference(batch.tokens)
+        expected, for_sentences = theirs if isinstance(theirs, BertLogits) else (theirs, None)
+        expected = expected.to(logits).transpose(0, 1)
         errors = (logits - expected).abs()
+        largest = errors.max()
+        if of_sentences is not None and for_sentences is not None:
+            largest = torch.maximum(largest, (of_sentences.float() - for_sentences.to(logits)).abs().max())
         expected_losses = F.cross_entropy(expected.movedim(-1, 1), labels, reduction="none")
         self.comparisons[batch.index] = Comparison(
-            max_error=errors.max().item(),
+            max_error=largest.item(),
             mean_error=errors.mean(dtype=torch.float64).item(),
             loss=_masked_mean(losses, mask),
             reference_loss=_masked_mean(expected_losses, mask),
