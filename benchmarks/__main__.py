@@ -12,6 +12,7 @@ from typing import Final
 
 from benchmarks.comparisons import COMPARISONS, Comparison
 from benchmarks.report import one_line, read_result, result_path, write_table
+from benchmarks.reshard import measure_all as measure_resharding
 from benchmarks.worker import hardware_name, threads_per_process
 from benchmarks.workload import SIZES
 
@@ -28,6 +29,8 @@ def main() -> None:
     order = [(name, size) for size in arguments.size for name in arguments.only]
     failed = [f"{name} {size}" for name, size in order if not _run(name, size, arguments.pairs)]
     write_table([(name, size) for size in SIZES for name in COMPARISONS])
+    if arguments.reshard:
+        measure_resharding()
     if failed:
         raise SystemExit(f"no result for {', '.join(failed)}")
 
@@ -37,6 +40,7 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--only", nargs="+", choices=COMPARISONS, default=list(COMPARISONS), metavar="NAME")
     parser.add_argument("--size", nargs="+", choices=SIZES, default=["S", "M"])
     parser.add_argument("--pairs", type=int, default=MINIMUM_PAIRS, help="pairs of steps (default: %(default)s)")
+    parser.add_argument("--reshard", action="store_true", help="also resharding of 2 GiB: see benchmarks.reshard")
     return parser.parse_args()
 
 
