@@ -19,11 +19,19 @@ from megatron.errors import CheckpointError, DamagedCheckpointError
 
 # Immutable, and harmless when called.
 _BUILT_IN: Final = (("torch.Size", tuple), ("collections.OrderedDict", dict))
-_INERT_PACKAGES: Final = ("torch.distributed.checkpoint.", "torch.distributed._shard.")
+_INERT_PACKAGES: Final = ("torch.distributed.checkpoint.", "torch.distributed._shard.", "transformers.", "omegaconf.")
 _INERT_NAMES: Final = frozenset(
     {
         "__builtin__.getattr",  # by which some versions of Python pickle a member of an enum
+        "_codecs.encode",
+        "argparse.Namespace",
         "builtins.getattr",
+        "numpy._core.multiarray._reconstruct",
+        "numpy._core.multiarray.scalar",
+        "numpy.core.multiarray._reconstruct",
+        "numpy.core.multiarray.scalar",
+        "numpy.dtype",
+        "numpy.ndarray",
         "pathlib.Path",
         "pathlib.PosixPath",
         "pathlib.WindowsPath",
@@ -31,6 +39,7 @@ _INERT_NAMES: Final = frozenset(
         "pathlib._local.WindowsPath",
         "torch._utils._rebuild_parameter",
         "torch._utils._rebuild_tensor_v2",
+        "torch.device",
         "torch.serialization._get_layout",
         "torch.BFloat16Storage",
         "torch.BoolStorage",

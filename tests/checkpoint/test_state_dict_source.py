@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import logging
 import os
 import re
 import shutil
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -268,8 +270,10 @@ def test_a_tree_beside_its_config_is_a_tree_and_not_a_hugging_face_folder(llama,
         lambda state: state,
         lambda state: {"model": state, "epoch": 3},
         lambda state: {name: nn.Parameter(tensor) for name, tensor in state.items()},
+        lambda state: {"model": state, "args": argparse.Namespace(lr=np.float64(0.1)), "device": torch.device("cpu")},
+        lambda state: {"model": state, "seen": np.arange(3), "dtype": torch.bfloat16, "shape": torch.Size((2, 3))},
     ],
-    ids=["plain", "nested", "parameters"],
+    ids=["plain", "nested", "parameters", "with arguments", "with arrays"],
 )
 def test_a_single_file_with_a_full_state_dictionary_is_a_source(wrap, llama, tmp_path):
     """What llama-recipes and FSDP scripts save as FULL_STATE_DICT."""
