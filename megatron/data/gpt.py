@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
+from megatron.data import helpers
 from megatron.data.gpt_index import build_indices, plan_epochs
 from megatron.data.index_cache import Arrays, cached_arrays
 from megatron.data.indexed import IndexedDataset
@@ -68,13 +69,11 @@ class GPTSamples:
         """starts: int32 [k], where documents begin among the s + 1 tokens. -> position_ids, segment_ids."""
         if not (self._bounds.reset_positions or self._bounds.reset_attention):
             return None, None
-        s = self.sequence_length
-        starts = starts[: int(np.searchsorted(starts, s))]  # a document that begins with the last label is no input
-        lengths = np.diff(starts, append=np.int32(s))
-        segments = np.repeat(np.arange(len(starts), dtype=np.int32), lengths) if self._bounds.reset_attention else None
-        if not self._bounds.reset_positions:
-            return None, segments
-        return np.arange(s) - np.repeat(starts.astype(np.int64), lengths), segments
+        positions, segments = helpers.number_documents(starts, self.sequence_length)
+        return (
+            positions if self._bounds.reset_positions else None,
+            segments if self._bounds.reset_attention else None,
+        )
 
 
 class GPTDataset(GPTSamples):

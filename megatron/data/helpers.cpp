@@ -11,9 +11,17 @@
 #include <limits>
 #include <stdexcept>
 #include <string>
+#include <tuple>
 #include <vector>
 
 namespace py = pybind11;
+
+// One copy of a function for each width of vectors, chosen when the module is loaded: the module runs everywhere.
+#if defined(__x86_64__) && defined(__gnu_linux__) && defined(__GNUC__) && !defined(__clang__)
+#define WIDEST_VECTORS __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
+#else
+#define WIDEST_VECTORS
+#endif
 
 namespace {
 
@@ -145,46 +153,91 @@ py::array build_sample_index(const py::array& sizes, const py::array& document_i
     return sample_index_as<std::int32_t>(sizes_view, documents, sequence_length, num_tokens, num_samples);
 }
 
-// Datasets of one weight have the same deficit until one is chosen, so they are served in turn; what the blend looks
-// at is one of them. Real blends have many small datasets of equal weight.
-struct Turn {
-    double weight;
-    double rounds = 0.0;  // how many samples the next in turn has given
-    std::size_t next = 0;
-    std::vector<std::uint16_t> datasets;  // ascending
-};
-
-std::vector<Turn> turns_of(const std::vector<double>& weights, const std::vector<bool>& is_exhausted) {
-    double total = 0.0;
-    for (std::size_t d = 0; d < weights.size(); ++d) total += is_exhausted[d] ? 0.0 : weights[d];
-    std::vector<Turn> turns;
-    for (std::size_t d = 0; d < weights.size(); ++d) {
-        if (is_exhausted[d] || weights[d] == 0.0) continue;
-        const double weight = weights[d] / total;
-        auto turn = std::find_if(turns.begin(), turns.end(), [=](const Turn& t) { return t.weight == weight; });
-        if (turn == turns.end()) {
-            turn = turns.insert(turn, Turn{});
-            turn->weight = weight;
+// Who is served next. Datasets of one weight have the same deficit until one of them is chosen, so they are served in
+// turn, and only one of each turn is looked at: real blends have many small datasets of equal weight.
+class Turns {
+  public:
+    Turns(const std::vector<double>& weights, const std::vector<bool>& is_exhausted) {
+        double total = 0.0;
+        for (std::size_t d = 0; d < weights.size(); ++d) total += is_exhausted[d] ? 0.0 : weights[d];
+        for (std::size_t d = 0; d < weights.size(); ++d) {
+            if (is_exhausted[d] || weights[d] == 0.0) continue;
+            const double share = weights[d] / total;
+            const std::size_t turn = std::find(shares_.begin(), shares_.end(), share) - shares_.begin();
+            if (turn == datasets_.size()) {
+                shares_.push_back(share);
+                datasets_.emplace_back();
+            }
+            datasets_[turn].push_back(static_cast<std::uint16_t>(d));
         }
-        turn->datasets.push_back(static_cast<std::uint16_t>(d));
+        // Lanes without a dataset are never behind.
+        rounds_.assign(shares_.size(), 0.0);
+        shares_.resize((shares_.size() + kLanes - 1) / kLanes * kLanes, 0.0);
+        rounds_.resize(shares_.size(), std::numeric_limits<double>::infinity());
+        next_.assign(datasets_.size(), 0);
     }
-    return turns;
-}
 
-// The turn with the largest deficit after `num_served` samples; of equal ones that whose dataset comes first.
-Turn& most_in_arrears(std::vector<Turn>& turns, std::int64_t num_served) {
-    const double served = static_cast<double>(std::max<std::int64_t>(num_served, 1));
-    Turn* best = &turns.front();
-    double largest = best->weight * served - best->rounds;
-    for (std::size_t i = 1; i < turns.size(); ++i) {
-        const double deficit = turns[i].weight * served - turns[i].rounds;
-        if (deficit < largest) continue;
-        if (deficit == largest && turns[i].datasets[turns[i].next] > best->datasets[best->next]) continue;
-        largest = deficit;
-        best = &turns[i];
+    // Serves the dataset with the largest deficit after `num_served` samples; of equal ones the first.
+    std::uint16_t serve(std::int64_t num_served) {
+        const std::size_t chosen = most_behind(static_cast<double>(std::max<std::int64_t>(num_served, 1)));
+        const std::uint16_t dataset = front(chosen);
+        if (++next_[chosen] == datasets_[chosen].size()) {
+            next_[chosen] = 0;
+            rounds_[chosen] += 1.0;
+        }
+        return dataset;
     }
-    return *best;
-}
+
+  private:
+    static constexpr std::size_t kLanes = 8;
+
+    std::uint16_t front(std::size_t turn) const { return datasets_[turn][next_[turn]]; }
+
+    std::size_t most_behind(double served) const {
+        const auto [largest, count, sum] = largest_deficits(shares_.data(), rounds_.data(), shares_.size(), served);
+        if (count == 1.0) return static_cast<std::size_t>(sum);
+        std::size_t chosen = datasets_.size();
+        for (std::size_t turn = 0; turn < datasets_.size(); ++turn) {
+            if (shares_[turn] * served - rounds_[turn] != largest) continue;
+            if (chosen == datasets_.size() || front(turn) < front(chosen)) chosen = turn;
+        }
+        return chosen;
+    }
+
+    // The largest deficit, how many turns have it, and the sum of their numbers: no branch depends on a value.
+    WIDEST_VECTORS static std::tuple<double, double, double> largest_deficits(const double* shares, const double* rounds,
+                                                                              std::size_t size, double served) {
+        typedef double Lanes __attribute__((vector_size(kLanes * sizeof(double)), aligned(alignof(double)), may_alias));
+        const Lanes* share = reinterpret_cast<const Lanes*>(shares);
+        const Lanes* round = reinterpret_cast<const Lanes*>(rounds);
+        const std::size_t num_vectors = size / kLanes;
+        Lanes largest = share[0] * served - round[0];
+        for (std::size_t i = 1; i < num_vectors; ++i) {
+            const Lanes deficits = share[i] * served - round[i];
+            largest = deficits > largest ? deficits : largest;
+        }
+        double top = largest[0];
+        for (std::size_t lane = 1; lane < kLanes; ++lane) top = largest[lane] > top ? largest[lane] : top;
+        const Lanes zeros = {}, ones = zeros + 1.0;
+        Lanes counts = {}, sums = {}, numbers = {0, 1, 2, 3, 4, 5, 6, 7};
+        for (std::size_t i = 0; i < num_vectors; ++i) {
+            const auto is_top = share[i] * served - round[i] == top;
+            counts += is_top ? ones : zeros;
+            sums += is_top ? numbers : zeros;
+            numbers += static_cast<double>(kLanes);
+        }
+        double count = 0.0, sum = 0.0;
+        for (std::size_t lane = 0; lane < kLanes; ++lane) {
+            count += counts[lane];
+            sum += sums[lane];
+        }
+        return {top, count, sum};
+    }
+
+    std::vector<double> shares_, rounds_;               // [turns, filled up to whole vectors]
+    std::vector<std::vector<std::uint16_t>> datasets_;  // of each turn, ascending
+    std::vector<std::size_t> next_;
+};
 
 py::tuple build_blend_index(const std::vector<double>& weights, const std::vector<std::int64_t>& limits,
                             std::int64_t num_samples) {
@@ -217,17 +270,12 @@ py::tuple build_blend_index(const std::vector<double>& weights, const std::vecto
         for (std::size_t d = 0; d < weights.size(); ++d) is_exhausted[d] = limits[d] <= 0;
         std::int64_t done = 0;
         while (done < num_samples) {  // once more for each dataset that reaches its limit
-            std::vector<Turn> turns = turns_of(weights, is_exhausted);
+            Turns turns(weights, is_exhausted);
             const std::int64_t start = done;
             for (bool is_changed = false; done < num_samples && !is_changed; ++done) {
-                Turn& turn = most_in_arrears(turns, done - start);
-                const std::uint16_t chosen = turn.datasets[turn.next];
+                const std::uint16_t chosen = turns.serve(done - start);
                 dataset[done] = chosen;
                 sample[done] = counts[chosen]++;
-                if (++turn.next == turn.datasets.size()) {
-                    turn.next = 0;
-                    turn.rounds += 1.0;
-                }
                 is_changed = is_exhausted[chosen] = counts[chosen] == limits[chosen];
             }
         }
@@ -297,6 +345,30 @@ py::tuple read_span(const py::array& tokens, const py::array& pointers, const py
     }
 }
 
+// Counts from 0 in each document, and numbers the documents.
+py::tuple number_documents(const py::array& starts, std::int64_t size) {
+    const Int32View starts_view(starts, "starts");
+    if (size < 0 || (size > 0 && (starts_view.size == 0 || starts_view[0] != 0))) {
+        throw std::invalid_argument("the first document does not start at 0");
+    }
+    py::array_t<std::int64_t> positions(size);
+    py::array_t<std::int32_t> segments(size);
+    std::int64_t* position = positions.mutable_data();
+    std::int32_t* segment = segments.mutable_data();
+    for (std::int64_t k = 0; k < starts_view.size; ++k) {
+        const std::int64_t first = starts_view[k];
+        const std::int64_t end = k + 1 < starts_view.size ? std::min<std::int64_t>(starts_view[k + 1], size) : size;
+        if (first < 0 || (k + 1 < starts_view.size && starts_view[k + 1] <= first)) {
+            throw std::invalid_argument("starts must ascend");
+        }
+        for (std::int64_t i = first; i < end; ++i) {
+            position[i] = i - first;
+            segment[i] = static_cast<std::int32_t>(k);
+        }
+    }
+    return py::make_tuple(positions, segments);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(helpers, module) {
@@ -322,4 +394,8 @@ Releases the GIL. Raises ValueError where the limits do not allow num_samples.)"
 
 tokens: [t], any integer type. pointers: int64 [n], in bytes. lengths: int32 [n]. sequences: int32 [m], read from
 `offset` of the first to before `stop` of the last. Raises IndexError where they do not lie in tokens or in size.)");
+    module.def("number_documents", &number_documents, py::arg("starts"), py::arg("size"),
+               R"(Return int64 [size], which counts from 0 in each document, and int32 [size], the documents' numbers.
+
+starts: int32 [k], ascending from 0, where documents begin; those from `size` on are left out.)");
 }
