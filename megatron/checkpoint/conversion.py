@@ -5,24 +5,24 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TypeAlias
 
 import torch
 
-from megatron.checkpoint.hf import HuggingFaceSource
 from megatron.checkpoint.hf_export import (
     DEFAULT_SHARD_BYTES,
     check_output_folder,
-    plan_export,
     split_by_size,
     write_hf_folder,
 )
 from megatron.checkpoint.legacy import plan_legacy_tree, write_legacy_tree
+from megatron.checkpoint.model_export import plan_model_export
 from megatron.checkpoint.placement import num_virtual_chunks
 from megatron.checkpoint.reshard import plan_resharding, reshard
 from megatron.checkpoint.source import Source
 from megatron.checkpoint.storage import planned_file_bytes
-from megatron.checkpoint.tokenizer_files import TOKENIZER_FOLDER, tokenizer_files
+from megatron.checkpoint.tokenizer_source import tokenizer_of
 from megatron.core.layout import ParallelLayout
 from megatron.errors import ConfigError
 
@@ -73,18 +73,20 @@ def to_hugging_face(source: Source, target: Target) -> Conversion:
     """Weights, configuration and tokenizer, as transformers loads them; the padding and the optimizer stay behind."""
     _check_no_layout("hf", target)
     check_output_folder(target.root)
-    export = plan_export(source, dtype=target.dtype)
-    shards = split_by_size(export.tensors, DEFAULT_SHARD_BYTES)
-    tokenizer = _tokenizer_files(source)
+    scratch = TemporaryDirectory()
+    planned = plan_model_export(source, tokenizer_of(source), Path(scratch.name), dtype=target.dtype)
+    weights, tokenizer = planned.weights, planned.tokenizer.files
+    shards = split_by_size(weights.tensors, DEFAULT_SHARD_BYTES)
 
     def write(on_bytes: OnBytes) -> Path:
-        write_hf_folder(source, export, shards, target.root, other_files=tokenizer, on_bytes=on_bytes)
+        with scratch:
+            write_hf_folder(source, weights, shards, target.root, other_files=tokenizer, on_bytes=on_bytes)
         return target.root
 
     return Conversion(
         {f"weights {number} of {len(shards)}": sum(t.num_bytes for t in held) for number, held in enumerate(shards, 1)},
         f"a Hugging Face model: weights, configuration{', tokenizer' if tokenizer else ''}",
-        export.num_bytes,
+        weights.num_bytes,
         write,
     )
 
@@ -119,12 +121,3 @@ def _stages(num_chunks: int) -> str:
 def _check_no_layout(saver: str, target: Target) -> None:
     if target.layout.world_size > 1 or target.layers_per_virtual_stage is not None:
         raise ConfigError(f"--saver {saver} writes files without a layout; drop the --target_ flags.")
-
-
-def _tokenizer_files(source: Source) -> Mapping[str, Path]:
-    """Those of the tokenizer that the source names, or that lie beside it, as they are."""
-    recorded = source.tokenizer()
-    candidates = [] if recorded is None or not recorded.tokenizer_model else [Path(recorded.tokenizer_model)]
-    if not isinstance(source, HuggingFaceSource):
-        candidates.append(source.path.parent / TOKENIZER_FOLDER)
-    return next((tokenizer_files(path) for path in candidates if path.exists()), {})

@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
-from tokenizers import AddedToken, processors
 from tokenizers import Tokenizer as Model
+from tokenizers import processors
 
 from megatron.checkpoint.sentencepiece_proto import PieceType, SentencePieceModel, read_sentencepiece
 from megatron.checkpoint.tokenizer_files import CONFIG_FILE, HUGGING_FACE_FILE, SENTENCEPIECE_FILE, tokenizer_files
@@ -22,6 +22,8 @@ from megatron.checkpoint.tokenizer_roles import ROLES, content, override_roles
 from megatron.errors import TokenizerError
 from megatron.tokenizer.build import build_tokenizer, fit_to_vocabulary
 from megatron.tokenizer.config import TokenizerConfig
+from megatron.tokenizer.huggingface import HuggingFaceTokenizer
+from megatron.tokenizer.library import LibraryTokenizer
 from megatron.tokenizer.protocol import Tokenizer
 from megatron.tokenizer.sentencepiece import SentencePieceTokenizer
 
@@ -76,33 +78,35 @@ def export_tokenizer(
     assert config.path is not None
     files = tokenizer_files(Path(config.path))
     additions = config.vocab_extra_ids > 0 or bool(config.vocab_extra_ids_list)
-    is_hugging_face = HUGGING_FACE_FILE in files and not _names_sentencepiece(config)
-    is_published = bool({HUGGING_FACE_FILE, CONFIG_FILE} & files.keys())
-    is_copy = is_hugging_face or (is_published and config.no_new_tokens) or SENTENCEPIECE_FILE not in files
-    if not additions and is_copy:
+    is_published = bool(files.keys() - {SENTENCEPIECE_FILE})
+    if not additions and (_is_hugging_face(config, files) or (is_published and config.no_new_tokens)):
         return _copied(files, folder, overrides or {})
     tokenizer = fit_to_vocabulary(config, num_rows)
+    difference = None
     if isinstance(tokenizer, SentencePieceTokenizer):
         if is_published and not tokenizer.added_tokens:
             return _copied(files, folder, overrides or {})
         proto = read_sentencepiece(files[SENTENCEPIECE_FILE].read_bytes())
         model = tokenizer_json(tokenizer, proto, config.vocab_extra_ids_list)
         settings = _settings(tokenizer, proto, model, _read(files.get(CONFIG_FILE)))
-        difference = first_difference(tokenizer, model, proto)
         model.post_processor = _template(settings, model)
-        files = {name: file for name, file in files.items() if name != "added_tokens.json"}
+        difference = first_difference(tokenizer, model, proto)
     else:
-        model, settings = _with_added(files, tokenizer, config)
-        difference = None
+        assert isinstance(tokenizer, LibraryTokenizer)
+        model = Model.from_str(tokenizer.library.to_str())
+        settings = _library_settings(tokenizer, files)
+    files = {name: file for name, file in files.items() if name != "added_tokens.json"}
     model, settings, overridden = override_roles(model, settings, overrides or {})
     return ExportedTokenizer({**files, **_write(folder, model, settings)}, tokenizer, overridden, difference)
 
 
-def _names_sentencepiece(config: TokenizerConfig) -> bool:
+def _is_hugging_face(config: TokenizerConfig, files: Mapping[str, Path]) -> bool:
+    """Whether tokenizer.json is the tokenizer, and no other file that lies beside it."""
     assert config.path is not None
     if config.tokenizer_type is not None:
-        return config.tokenizer_type == SentencePieceTokenizer.name
-    return Path(config.path).is_file() and not config.path.endswith(".json")
+        return config.tokenizer_type == HuggingFaceTokenizer.name
+    is_its_place = Path(config.path).is_dir() or config.path.endswith(".json")
+    return HUGGING_FACE_FILE in files and is_its_place
 
 
 def _copied(files: Mapping[str, Path], folder: Path, overrides: Mapping[str, str]) -> ExportedTokenizer:
@@ -153,24 +157,23 @@ def _settings(
     return settings
 
 
-def _with_added(
-    files: Mapping[str, Path], tokenizer: Tokenizer, config: TokenizerConfig
-) -> tuple[Model, dict[str, Any]]:
-    """A Hugging Face tokenizer with the run's tokens, each with the id it had there."""
-    description = _read(files[HUGGING_FACE_FILE])
-    for entry in description.get("added_tokens", []):
-        entry["special"] = entry["special"] and entry["content"] not in config.vocab_extra_ids_list
-    model = Model.from_str(json.dumps(description))
-    for name in sorted(tokenizer.added_tokens, key=lambda name: tokenizer.added_tokens[name]):
-        model.add_tokens([AddedToken(name, normalized=False, special=name not in config.vocab_extra_ids_list)])
-        assert model.token_to_id(name) == tokenizer.added_tokens[name]
-    settings = _published(files)
+def _library_settings(tokenizer: LibraryTokenizer, files: Mapping[str, Path]) -> dict[str, Any]:
+    """The tokenizer_config.json of any other tokenizer: what was published, or else the roles it has here."""
+    model = tokenizer.library
+    roles = ("bos", "eos", "pad", "cls", "sep", "mask")
+    ids = {f"{role}_token": tokenizer.special_id(role) for role in roles}
+    settings: dict[str, Any] = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "clean_up_tokenization_spaces": False,
+        **{key: model.id_to_token(token) for key, token in ids.items() if token is not None},
+        **_published(files),
+    }
     # Classes that rebuild the tokenizer learn of its tokens here.
     settings["added_tokens_decoder"] = {
         str(token): {key: getattr(added, key) for key in _FLAGS}
         for token, added in sorted(model.get_added_tokens_decoder().items())
     }
-    return model, settings
+    return settings
 
 
 def _published(files: Mapping[str, Path]) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from typing import Final
 from megatron.checkpoint.source import TokenizerIdentity
 from megatron.errors import CheckpointError
 from megatron.tokenizer.protocol import file_sha256
+from megatron.tokenizer.tiktoken import is_ranks_file
 
 TOKENIZER_FOLDER: Final = "tokenizer"
 
@@ -39,7 +40,7 @@ def tokenizer_files(path: Path) -> dict[str, Path]:
     Raises CheckpointError if there is no tokenizer.
     """
     if path.is_file():
-        main = path.name if path.name in (SENTENCEPIECE_FILE, HUGGING_FACE_FILE) else _main_name(path)
+        main = path.name if path.name in _MAIN_FILES else _main_name(path)
         return {**_known_files(path.parent), main: path}
     files = _known_files(path)
     if not files.keys() & _MAIN_FILES:
@@ -54,7 +55,8 @@ def identity_of(folder: Path) -> TokenizerIdentity | None:
     if (file := folder / HUGGING_FACE_FILE).exists():
         return TokenizerIdentity("HuggingFaceTokenizer", str(folder.absolute()), file_sha256(file))
     if (file := folder / SENTENCEPIECE_FILE).exists():
-        return TokenizerIdentity("SentencePieceTokenizer", str(file.absolute()), file_sha256(file))
+        kind = "TikTokenizer" if is_ranks_file(file) else "SentencePieceTokenizer"
+        return TokenizerIdentity(kind, str(file.absolute()), file_sha256(file))
     return None
 
 
@@ -64,4 +66,4 @@ def _known_files(folder: Path) -> dict[str, Path]:
 
 
 def _main_name(file: Path) -> str:
-    return HUGGING_FACE_FILE if file.suffix == ".json" else SENTENCEPIECE_FILE
+    return {".json": HUGGING_FACE_FILE, ".txt": "vocab.txt"}.get(file.suffix, SENTENCEPIECE_FILE)

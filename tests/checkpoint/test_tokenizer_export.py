@@ -257,3 +257,27 @@ def test_a_tokenizer_of_vocabulary_files_is_copied_but_keeps_its_roles(tmp_path:
 def test_a_folder_without_a_tokenizer_is_named(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="holds no tokenizer; give a folder with tokenizer.json"):
         export(TokenizerConfig(tokenizer_model=str(tmp_path)), tmp_path / "hf")
+
+
+@pytest.mark.parametrize("additions", [{}, {"vocab_extra_ids_list": ("[x],[/x]",)}], ids=str)
+@pytest.mark.parametrize("kind", ["GPT2BPETokenizer", "BertWordPieceLowerCase"])
+def test_tokenizers_of_other_files_get_a_tokenizer_json(kind: str, additions: dict[str, Any], tmp_path: Path) -> None:
+    (tmp_path / "old").mkdir()
+    if kind == "GPT2BPETokenizer":
+        hugging_face = write_huggingface(tmp_path / "hugging_face")
+        model = json.loads((hugging_face / "tokenizer.json").read_text())["model"]
+        vocabulary = {**model["vocab"], "<|endoftext|>": len(model["vocab"])}
+        (tmp_path / "old" / "vocab.json").write_text(json.dumps(vocabulary))
+        merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
+        (tmp_path / "old" / "merges.txt").write_text("\n".join(["#version: 0.2", *merges]))
+    else:
+        pieces = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "man", "##kind", "truth", ".", "##s"]
+        (tmp_path / "old" / "vocab.txt").write_text("\n".join(pieces))
+    config = TokenizerConfig(tokenizer_type=kind, tokenizer_model=str(tmp_path / "old"), **additions)
+    exported = export(config, tmp_path / "hf")
+    ours, theirs = build_tokenizer(config), loaded(tmp_path / "hf", "bert" if "Bert" in kind else "gpt2")
+    text = "A mankind truths. [x]a man[/x]" if additions else "A mankind truths. \n a man"
+    assert ids(theirs, text) == ours.encode(text)
+    assert theirs.convert_tokens_to_ids(list(ours.added_tokens)) == list(ours.added_tokens.values())
+    assert (theirs.eos_token_id, theirs.pad_token_id) == (ours.eos, ours.pad)
+    assert "tokenizer.json" in exported.files

@@ -32,8 +32,8 @@ from tiny_tokenizers import SENTENCEPIECE_PIECES, TEXT, write_sentencepiece
 SCRIPTS = Path(__file__).parents[2] / "weights_conversion"
 
 
-def load(name: str):
-    spec = importlib.util.spec_from_file_location(name, SCRIPTS / f"{name}.py")
+def load(name: str, folder: Path = SCRIPTS):
+    spec = importlib.util.spec_from_file_location(name, folder / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -375,24 +375,42 @@ def test_roles_need_a_tokenizer(exporter, native, tmp_path):
     )
 
 
-def test_what_a_run_trained_with_is_what_its_export_has(exporter, tmp_path, capsys):
+TOKENIZER_OF_A_RUN = {
+    "tokenizer_type": "SentencePieceTokenizer",
+    "tokenizer_model": "/gone/tokenizer.model",
+    "vocab_extra_ids_list": ["<|im_start|>", "<|im_end|>"],
+    "vocab_extra_ids": 1,
+    "no_new_tokens": False,
+}
+
+
+@pytest.fixture
+def run_folder(tmp_path) -> Path:
     """A checkpoint as a run leaves it, moved away from where it was written."""
     root = tmp_path / "run"
     (root / "tokenizer").mkdir(parents=True)
     write_sentencepiece(root / "tokenizer")
-    tokenizer = {
-        "tokenizer_type": "SentencePieceTokenizer",
-        "tokenizer_model": "/gone/tokenizer.model",
-        "vocab_extra_ids_list": ["<|im_start|>", "<|im_end|>"],
-        "vocab_extra_ids": 1,
-        "no_new_tokens": False,
-    }
-    save_run(root, vocab_size=SENTENCEPIECE_PIECES + 8, config={"tokenizer": tokenizer})
-    exporter.main([f"--input_dir={root}", f"--output_dir={tmp_path / 'hf'}"])
+    save_run(root, vocab_size=SENTENCEPIECE_PIECES + 8, config={"tokenizer": TOKENIZER_OF_A_RUN})
+    return root
+
+
+def test_both_commands_that_export_write_the_same_files(exporter, run_folder, tmp_path):
+    exporter.main([f"--input_dir={run_folder}", f"--output_dir={tmp_path / 'one'}"])
+    load("checkpoint_util", SCRIPTS.parent / "tools").main(
+        [f"--load_dir={run_folder}", f"--save_dir={tmp_path / 'other'}", "--saver=hf"]
+    )
+    one, other = ({file.name: file.read_bytes() for file in (tmp_path / n).iterdir()} for n in ("one", "other"))
+    assert one == other
+    assert {"tokenizer.json", "tokenizer.model", "tokenizer_config.json", "generation_config.json"} <= one.keys()
+
+
+def test_what_a_run_trained_with_is_what_its_export_has(exporter, run_folder, tmp_path):
+    exporter.main([f"--input_dir={run_folder}", f"--output_dir={tmp_path / 'hf'}"])
     theirs = AutoTokenizer.from_pretrained(tmp_path / "hf")
     ours = build_tokenizer(
         TokenizerConfig(
-            **{**tokenizer, "tokenizer_model": str(root / "tokenizer" / "tokenizer.model")}, parse_special=True
+            **{**TOKENIZER_OF_A_RUN, "tokenizer_model": str(run_folder / "tokenizer" / "tokenizer.model")},
+            parse_special=True,
         )
     )
     assert list(ours.added_tokens.values()) == theirs.convert_tokens_to_ids(list(ours.added_tokens))

@@ -1,0 +1,63 @@
+"""Which tokenizer a checkpoint belongs to: what its run was configured with, wherever its folder is by now."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Final
+
+from megatron.checkpoint.source import Source
+from megatron.checkpoint.tokenizer_files import SENTENCEPIECE_FILE, TOKENIZER_FOLDER, tokenizer_files
+from megatron.tokenizer.config import TokenizerConfig
+
+# The fields that decide which ids there are beside those of the files.
+ADDITIONS: Final = ("vocab_extra_ids", "vocab_extra_ids_list", "no_new_tokens")
+_KEPT: Final = (*ADDITIONS, "tokenizer_type", "tiktoken_encoding")
+
+
+def tokenizer_of(
+    source: Source, *, path: str | None = None, additions: Mapping[str, Any] | None = None
+) -> TokenizerConfig | None:
+    """The tokenizer of `source`, None if it is nowhere. `path` and `additions` count before what is recorded.
+
+    Raises CheckpointError if there is no tokenizer at `path`.
+    """
+    recorded, identity = _recorded(source), source.tokenizer()
+    kept = {name: recorded[name] for name in _KEPT if recorded.get(name) is not None}
+    if recorded and identity is not None:
+        kept.setdefault("tokenizer_type", identity.tokenizer_type)
+    elif not recorded and not additions:
+        # Weights that were only converted: their tokenizer is what its files say.
+        kept["no_new_tokens"] = True
+    if path is not None:
+        tokenizer_files(Path(path))
+        kept = {**kept, "tokenizer_type": None, "tiktoken_encoding": None}
+    else:
+        found = _place(source, recorded)
+        if found is None:
+            return None
+        path = str(found)
+    return TokenizerConfig(**{**kept, "tokenizer_model": path, **(additions or {})})
+
+
+def _recorded(source: Source) -> Mapping[str, Any]:
+    """The fields of the run's `TokenizerConfig`; none for weights that no run has saved."""
+    state = source.state()
+    section = None if state is None else state.config.get("tokenizer")
+    if not isinstance(section, Mapping):
+        return {}
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in section.items()}
+
+
+def _place(source: Source, recorded: Mapping[str, Any]) -> Path | None:
+    """What the checkpoint names, or its copy beside the checkpoint."""
+    identity = source.tokenizer()
+    named = recorded.get("tokenizer_model") or recorded.get("vocab_file") or (identity and identity.tokenizer_model)
+    if named and Path(named).exists():
+        return Path(named)
+    for folder in (source.path / TOKENIZER_FOLDER, source.path.parent / TOKENIZER_FOLDER):
+        if named and named.endswith(".model") and (folder / SENTENCEPIECE_FILE).is_file():
+            return folder / SENTENCEPIECE_FILE
+        if folder.is_dir():
+            return folder
+    return None
