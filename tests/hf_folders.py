@@ -9,7 +9,14 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForPreTraining,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+)
 
 LLAMA3_ROPE = {
     "rope_type": "llama3",
@@ -108,6 +115,13 @@ FAMILIES: dict[str, dict[str, Any]] = {
     },
     "gemma": {"model_type": "gemma", **_LLAMA_LIKE, "head_dim": 10, "num_key_value_heads": 1},
     "gemma untied": {"model_type": "gemma", **_LLAMA_LIKE, "head_dim": 10, "tie_word_embeddings": False},
+    "bert": {
+        "model_type": "bert",
+        **_ENDS,
+        "intermediate_size": 52,
+        "max_position_embeddings": 64,
+        "type_vocab_size": 3,
+    },
 }
 
 
@@ -122,8 +136,13 @@ def save_family(
 ) -> Path:
     """The model `name` of `FAMILIES`, as `save_llama` saves its own."""
     config = AutoConfig.for_model(**{**FAMILIES[name], **overrides})
-    _save(AutoModelForCausalLM.from_config(config), folder, dtype, max_shard_size, std)
+    _save(_class_of(name).from_config(config), folder, dtype, max_shard_size, std)
     return folder
+
+
+def load_family(name: str, folder: Path, **options: Any) -> Any:
+    """The model in `folder` as transformers loads it."""
+    return _class_of(name).from_pretrained(folder, **options)
 
 
 def save_llama(
@@ -152,6 +171,11 @@ def loaded_config(folder: Path) -> dict[str, Any]:
     """What transformers makes of the folder's config.json, but for what it adds about itself."""
     config = AutoConfig.from_pretrained(folder).to_dict()
     return {key: value for key, value in config.items() if key not in ("transformers_version", "_name_or_path")}
+
+
+def _class_of(name: str) -> type[AutoModelForCausalLM] | type[AutoModelForPreTraining]:
+    """With both heads for a BERT."""
+    return AutoModelForPreTraining if FAMILIES[name]["model_type"] == "bert" else AutoModelForCausalLM
 
 
 def _save(model: PreTrainedModel, folder: Path, dtype: torch.dtype, max_shard_size: str, std: float) -> None:

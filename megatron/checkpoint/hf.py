@@ -6,6 +6,7 @@ shape, and nothing else is. Slices are read when they are asked for, also from t
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,7 +33,6 @@ GENERATION_FILE: Final = "generation_config.json"
 # Under these keys of `RunState.config` a checkpoint carries the files of the model it was made from.
 CARRIED_FILES: Final = (("hf_config", CONFIG_FILE), ("hf_generation_config", GENERATION_FILE))
 
-_EMBEDDING, _HEAD = "embedding.word.weight", "head.weight"
 _COMPARED_BYTES = 16 * 2**20
 
 
@@ -60,13 +60,12 @@ class HuggingFaceSource:
         expected = {stored.name: stored for stored in stored_tensors(family, self._model, logical)}
         file_names = _file_names(family, expected, self._files.tensors)
         self._check(family, expected, file_names)
-        if self._model.tie_embed_logits:
-            self._check_tied_head(family, expected, file_names)
         self._entries = {
             f"{MODEL}.{part}": _Entry(stored, name, logical[part], DTYPES[self._files.tensors[name].dtype])
             for stored, name in ((expected[name], file_names[name]) for name in expected)
             for part in stored.parts
         }
+        self._check_tied_copies(family)
 
     def names(self) -> Sequence[str]:
         return list(self._entries)
@@ -109,7 +108,7 @@ class HuggingFaceSource:
             for wanted, tensor in found
             if tensor.shape != wanted.shape
         ]
-        used = {*file_names.values(), *(_tied_head_names(family) if self._model.tie_embed_logits else ())}
+        used = {*file_names.values(), *self._tied_copies(family)}
         extra = [
             f"{name} in {tensor.file.name} has no place in the model"
             for name, tensor in stored.items()
@@ -126,25 +125,27 @@ class HuggingFaceSource:
                     f"{tensor.file}: {tensor.name} has dtype {tensor.dtype}; use the model in bf16, fp16 or fp32."
                 )
 
-    def _check_tied_head(
-        self, family: Family, expected: Mapping[str, StoredTensor], file_names: Mapping[str, str]
-    ) -> None:
+    def _tied_copies(self, family: Family) -> Mapping[str, str]:
+        return family.tied_copies if self._model.tie_embed_logits else {}
+
+    def _check_tied_copies(self, family: Family) -> None:
         """A head that is stored although it is tied must be the embedding: else which one counts would be a guess."""
-        embedding = next(file_names[name] for name, stored in expected.items() if _EMBEDDING in stored.parts)
-        for head in _tied_head_names(family) & self._files.tensors.keys():
-            if not self._are_equal(self._files.tensors[embedding], self._files.tensors[head]):
+        for copy, part in self._tied_copies(family).items():
+            tensor, entry = self._files.tensors.get(copy), self._entries[f"{MODEL}.{part}"]
+            if tensor is not None and not self._are_equal(tensor, self._files.tensors[entry.file_name]):
                 raise CheckpointError(
-                    f"{self._files.tensors[head].file} holds a {head} that differs from {embedding}, but "
+                    f"{tensor.file} holds a {copy} that differs from {entry.file_name}, but "
                     f"{self.path / CONFIG_FILE} says that they are tied; "
                     'set "tie_word_embeddings": false there, or remove the tensor.'
                 )
 
     def _are_equal(self, a: FileTensor, b: FileTensor) -> bool:
-        if a.shape != b.shape:
+        if (a.shape, a.dtype) != (b.shape, b.dtype):
             return False
-        num_rows, columns = a.shape
-        step = max(1, _COMPARED_BYTES // (columns * 4))
-        parts = (((row, 0), (min(step, num_rows - row), columns)) for row in range(0, num_rows, step))
+        num_rows, columns = a.shape[0], a.shape[1:]
+        step = max(1, _COMPARED_BYTES // (math.prod(columns) * DTYPES[a.dtype].itemsize))
+        origin = (0,) * len(columns)
+        parts = (((row, *origin), (min(step, num_rows - row), *columns)) for row in range(0, num_rows, step))
         return all(torch.equal(self._files.read(a.name, *part), self._files.read(b.name, *part)) for part in parts)
 
 
@@ -175,14 +176,7 @@ def _file_names(
     names = {}
     for found in stored:
         candidates = [found, family.prefix + found]
-        for old, new in (family.renamed or {}).items():
+        for old, new in family.renamed.items():
             candidates += [name.removesuffix(old) + new for name in candidates if name.endswith(old)]
         names.update({name: found for name in candidates if name in expected and name not in names})
     return {name: names[name] for name in expected if name in names}
-
-
-def _tied_head_names(family: Family) -> set[str]:
-    """What a head is called that is stored although it is the embedding."""
-    return {
-        f"{module.name}.weight" for module in family.modules if _HEAD in (f"{part}.weight" for part in module.parts)
-    }

@@ -31,8 +31,6 @@ from megatron.errors import CheckpointError, ConfigError
 DEFAULT_SHARD_BYTES = 5 * 10**9
 
 _ROWS_BYTES = 16 * 2**20
-# Rows of a transposed tensor are columns of ours, and a source may read whole rows to give some columns: fewer turns.
-_COLUMNS_BYTES = 32 * 2**20
 
 
 @dataclass(frozen=True)
@@ -203,8 +201,7 @@ def _row_groups(source: Source, tensor: HuggingFaceTensor) -> Iterator[Tensor]:
     def read(part: str, start: Sequence[int], size: Sequence[int]) -> Tensor:
         return source.read(f"{MODEL}.{part}", start, size).to(tensor.dtype)
 
-    group_bytes = _COLUMNS_BYTES if tensor.stored.is_transposed else _ROWS_BYTES
-    step = max(1, group_bytes * tensor.shape[0] // tensor.num_bytes)
+    step = max(1, _ROWS_BYTES * tensor.shape[0] // tensor.num_bytes)
     for row in range(0, tensor.shape[0], step):
         yield tensor.stored.read_rows(row, min(step, tensor.shape[0] - row), read)
 

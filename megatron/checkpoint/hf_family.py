@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 _LAYER = re.compile(r"^layers\.(\d+)\.")
@@ -81,7 +81,8 @@ class Family:
     `sliding_window`, or also the keys that choose among the layers.
 
     Of the names of tensors, `prefix` may be missing in files (those of a model without its head), `ignored` are
-    buffers in old files that the config determines, and `renamed` are older endings of names.
+    buffers in old files that the config determines, and `renamed` are older endings of names. `tied_copies` are what
+    a model with a tied head may hold twice: the name there, and the logical tensor that it must equal.
     """
 
     model_type: str
@@ -94,7 +95,8 @@ class Family:
     window: Literal["none", "key", "layers"] = "none"
     prefix: str = ""
     ignored: tuple[str, ...] = ()
-    renamed: Mapping[str, str] | None = None
+    renamed: Mapping[str, str] = field(default_factory=dict)
+    tied_copies: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def is_rotary(self) -> bool:

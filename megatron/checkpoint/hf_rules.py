@@ -48,6 +48,7 @@ _ATTENTION_BIASES: Final = (
     ConfigKey("attention_bias", "attention_output_bias", bool, False),
 )
 _HEAD_DIM: Final = ConfigKey("head_dim", "kv_channels", int)
+_TIED_HEAD: Final = MappingProxyType({"lm_head.weight": "embedding.word.weight"})
 _UNTIED: Final = ConfigKey("tie_word_embeddings", "tie_embed_logits", bool, False)
 _TIED: Final = replace(_UNTIED, default=True)
 
@@ -88,6 +89,7 @@ LLAMA: Final = Family(
     implied=_implied(use_rms_norm=True, glu_activation="swiglu", position_embedding_type="rotary", hidden_dropout=0.0),
     settings=(_SILU,),
     ignored=("model.layers.{i}.self_attn.rotary_emb.inv_freq",),
+    tied_copies=_TIED_HEAD,
 )
 
 MISTRAL: Final = replace(
@@ -195,6 +197,7 @@ FALCON: Final = Family(
     choices=(ConfigChoice("activation", "mlp_activation", _GELUS, "gelu"),),
     prefix="transformer.",
     ignored=("h.{i}.self_attention.rotary_emb.inv_freq",),
+    tied_copies=_TIED_HEAD,
 )
 _FALCON_MULTI_HEAD: Final = replace(
     FALCON,
@@ -301,6 +304,72 @@ GPT2: Final = Family(
     ),
     prefix="transformer.",
     ignored=("h.{i}.attn.bias", "h.{i}.attn.masked_bias"),
+    tied_copies=_TIED_HEAD,
+)
+
+BERT: Final = Family(
+    model_type="bert",
+    # The published files say BertForMaskedLM and hold both heads; a file without the other head is an error.
+    architectures=("BertForPreTraining", "BertForMaskedLM"),
+    modules=_modules(
+        {
+            "embedding.word": "bert.embeddings.word_embeddings",
+            "embedding.position": "bert.embeddings.position_embeddings",
+            "embedding.token_type": "bert.embeddings.token_type_embeddings",
+            "embedding.norm": "bert.embeddings.LayerNorm",
+            "layers.{i}.attention.q": "bert.encoder.layer.{i}.attention.self.query",
+            "layers.{i}.attention.k": "bert.encoder.layer.{i}.attention.self.key",
+            "layers.{i}.attention.v": "bert.encoder.layer.{i}.attention.self.value",
+            "layers.{i}.attention.output": "bert.encoder.layer.{i}.attention.output.dense",
+            "layers.{i}.attention_norm": "bert.encoder.layer.{i}.attention.output.LayerNorm",
+            "layers.{i}.mlp.up": "bert.encoder.layer.{i}.intermediate.dense",
+            "layers.{i}.mlp.down": "bert.encoder.layer.{i}.output.dense",
+            "layers.{i}.mlp_norm": "bert.encoder.layer.{i}.output.LayerNorm",
+            "pooler": "bert.pooler.dense",
+            "head": "cls.predictions",  # its bias; the weight is the embedding
+            "head.transform": "cls.predictions.transform.dense",
+            "head.norm": "cls.predictions.transform.LayerNorm",
+            "next_sentence": "cls.seq_relationship",
+        }
+    ),
+    keys=(
+        _required("vocab_size", "vocab_size"),
+        _required("hidden_size", "hidden_size"),
+        _required("intermediate_size", "ffn_hidden_size"),
+        _required("num_hidden_layers", "num_layers"),
+        _required("num_attention_heads", "num_attention_heads"),
+        _required("max_position_embeddings", "max_position_embeddings"),
+        ConfigKey("type_vocab_size", "num_token_types", int, 2),
+        ConfigKey("layer_norm_eps", "layernorm_epsilon", float, 1e-12),
+        ConfigKey("hidden_dropout_prob", "hidden_dropout", float, 0.1),
+        ConfigKey("attention_probs_dropout_prob", "attention_dropout", float, 0.1),
+        ConfigKey("initializer_range", "init_method_std", float, 0.02),
+    ),
+    implied=_implied(
+        use_rms_norm=False,
+        position_embedding_type="absolute",
+        use_post_ln=True,
+        bidirectional=True,
+        embedding_layernorm=True,
+        bert_head=True,
+        tie_embed_logits=True,
+        qkv_bias=True,
+        attention_output_bias=True,
+        mlp_bias=True,
+    ),
+    settings=(
+        Setting("hidden_act", ("gelu", "gelu_python"), "gelu"),
+        Setting("position_embedding_type", ("absolute",), "absolute"),
+        Setting("tie_word_embeddings", (True,), True),
+        Setting("is_decoder", (False,), False),
+        Setting("add_cross_attention", (False,), False),
+    ),
+    prefix="bert.",
+    ignored=("embeddings.position_ids",),
+    renamed=MappingProxyType({"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"}),
+    tied_copies=MappingProxyType(
+        {"cls.predictions.decoder.weight": "embedding.word.weight", "cls.predictions.decoder.bias": "head.bias"}
+    ),
 )
 
 # Where several tables say a model equally well, the first is written.
@@ -317,4 +386,5 @@ FAMILIES: Final[tuple[Family, ...]] = (
     _FALCON_SEQUENTIAL,
     _FALCON_SEQUENTIAL_MULTI_HEAD,
     GPT2,
+    BERT,
 )

@@ -139,6 +139,26 @@ GEMMA_2B = {
     "rope_theta": 10000.0,
     "vocab_size": 256000,
 }
+BERT_BASE = {
+    "architectures": ["BertForMaskedLM"],
+    "attention_probs_dropout_prob": 0.1,
+    "gradient_checkpointing": False,
+    "hidden_act": "gelu",
+    "hidden_dropout_prob": 0.1,
+    "hidden_size": 768,
+    "initializer_range": 0.02,
+    "intermediate_size": 3072,
+    "layer_norm_eps": 1e-12,
+    "max_position_embeddings": 512,
+    "model_type": "bert",
+    "num_attention_heads": 12,
+    "num_hidden_layers": 12,
+    "pad_token_id": 0,
+    "position_embedding_type": "absolute",
+    "type_vocab_size": 2,
+    "use_cache": True,
+    "vocab_size": 30522,
+}
 PUBLISHED = {
     ("falcon", "7"): FALCON_7B,
     ("falcon", "40"): FALCON_40B,
@@ -148,6 +168,7 @@ PUBLISHED = {
     ("qwen2", "2.5-7"): QWEN25_7B,
     ("qwen3", "0.6"): QWEN3_06B,
     ("gemma", "2"): GEMMA_2B,
+    ("bert", "base"): BERT_BASE,
 }
 
 
@@ -169,7 +190,7 @@ def test_a_larger_vocabulary_is_the_only_change(name):
     assert hf_config(model, original) == {**original, "vocab_size": 139}
 
 
-@pytest.mark.parametrize("model_type", ["mistral", "qwen2", "qwen3", "gemma", "falcon", "gpt2"])
+@pytest.mark.parametrize("model_type", ["mistral", "qwen2", "qwen3", "gemma", "falcon", "gpt2", "bert"])
 def test_keys_that_a_file_lacks_have_the_defaults_of_the_family(model_type):
     """Compared with what transformers says when it fills the gaps itself."""
     names = {"gpt2": ("n_embd", "n_layer", "n_head", "n_positions")}.get(
@@ -318,6 +339,14 @@ def test_every_falcon_block_is_told_apart_and_written_again(changes, differences
             "layers of full_attention and linear_attention with a window of None (",
         ),
         (QWEN3_06B, {"layer_types": ["sliding_attention"] * 28}, "layers of sliding_attention with a window of None ("),
+        (BERT_BASE, {"hidden_act": "relu"}, "hidden_act 'relu' is not supported for bert; use gelu or gelu_python."),
+        (BERT_BASE, {"is_decoder": True}, "is_decoder True is not supported for bert; use false."),
+        (BERT_BASE, {"tie_word_embeddings": False}, "tie_word_embeddings False is not supported for bert; use true."),
+        (
+            BERT_BASE,
+            {"position_embedding_type": "relative_key"},
+            "position_embedding_type 'relative_key' is not supported for bert; use absolute.",
+        ),
         (
             MISTRAL_7B,
             {"sliding_window": 0},

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from hf_folders import save_family, stored_tensors
+from hf_folders import edit_json, save_family, stored_tensors
 from megatron.checkpoint import hf_files
 from megatron.checkpoint.hf import HuggingFaceSource
 from megatron.checkpoint.hf_files import PICKLED_INDEX_FILE, WeightFiles
@@ -138,7 +138,7 @@ def test_a_pickle_that_runs_a_command_is_refused_and_runs_nothing(tmp_path):
     folder = pickled(save_family(tmp_path / "safe", "llama"), tmp_path / "bin")
     torch.save({"lm_head.weight": Command(tmp_path / "canary")}, folder / "pytorch_model.bin")
     message = message_of(folder)
-    assert message.startswith(f"{folder / 'pytorch_model.bin'} names posix.mkdir, which is no data")
+    assert message.startswith(f"{folder / 'pytorch_model.bin'} names posix.mkdir, which is no ")
     assert not (tmp_path / "canary").exists()
 
 
@@ -174,6 +174,35 @@ def test_a_name_that_is_there_twice_is_no_guess(tmp_path):
     file = folder / "model.safetensors"
     save_file({**load_file(file), "wpe.weight": torch.zeros(64, 48)}, file, {"format": "pt"})
     assert "wpe.weight in model.safetensors has no place in the model" in message_of(folder)
+
+
+def test_berts_old_names_copies_and_buffers_are_read(tmp_path):
+    """As bert-base-uncased lies on the hub."""
+    folder = save_family(tmp_path / "hf", "bert")
+    old = shutil.copytree(folder, tmp_path / "old")
+    tensors = {
+        name.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta"): tensor
+        for name, tensor in stored_tensors(folder).items()
+    }
+    copies = {
+        "cls.predictions.decoder.weight": tensors["bert.embeddings.word_embeddings.weight"].clone(),
+        "cls.predictions.decoder.bias": tensors["cls.predictions.bias"].clone(),
+        "bert.embeddings.position_ids": torch.arange(64)[None],
+    }
+    save_file({**tensors, **copies}, old / "model.safetensors", {"format": "pt"})
+    edit_json(old / "config.json", architectures=["BertForMaskedLM"])
+    assert_same_weights(HuggingFaceSource(old), HuggingFaceSource(folder))
+
+    copies["cls.predictions.decoder.bias"][3] += 1
+    save_file({**tensors, **copies}, old / "model.safetensors", {"format": "pt"})
+    assert "holds a cls.predictions.decoder.bias that differs from cls.predictions.bias, but " in message_of(old)
+
+
+def test_a_bert_without_one_of_its_heads_is_named(tmp_path):
+    folder = save_family(tmp_path / "hf", "bert")
+    kept = {name: tensor for name, tensor in stored_tensors(folder).items() if "seq_relationship" not in name}
+    save_file(kept, folder / "model.safetensors", {"format": "pt"})
+    assert "cls.seq_relationship.weight is missing; cls.seq_relationship.bias is missing" in message_of(folder)
 
 
 @pytest.mark.parametrize("name", ["falcon 7b", "gpt2", "gemma", "qwen3 tied"])

@@ -24,8 +24,8 @@ from megatron.checkpoint.hf_export import (
     split_by_size,
     write_hf_folder,
 )
-from megatron.checkpoint.importing import import_weights
 from megatron.checkpoint.hf_tensors import StoredTensor
+from megatron.checkpoint.importing import import_weights
 from megatron.checkpoint.manager import save
 from megatron.checkpoint.opening import open_source
 from megatron.checkpoint.source import CheckpointInfo, LocalTensor, RunState, Source
