@@ -47,6 +47,8 @@ def open_source(path: Path, iteration: int | None = None) -> Source:
     for known in FORMATS:
         if known.recognises(path):
             return known.open(path, iteration)
+    if not path.exists():
+        raise CheckpointError(f"{path} does not exist; give the folder of a checkpoint or of a Hugging Face model.")
     expected = f"give {', or '.join(known.looks_like for known in FORMATS)}"
     if not path.is_dir():
         raise CheckpointError(f"{path} is not a folder; {expected}.")

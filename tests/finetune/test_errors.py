@@ -112,7 +112,7 @@ BAD: Mapping[str, tuple[int, Mapping[str, object], tuple[str, ...]]] = {
     "nothing to load": (
         4,
         {"load": "{}/nowhere"},
-        ("CheckpointError: {}/nowhere is not a folder", "give a folder"),
+        ("CheckpointError: {}/nowhere does not exist", "give the folder of a checkpoint"),
     ),
     "another architecture": (
         4,
@@ -137,7 +137,10 @@ BAD: Mapping[str, tuple[int, Mapping[str, object], tuple[str, ...]]] = {
     "damaged manifest": (
         4,
         {"load": "{}/damaged_manifest"},
-        ("CheckpointError: {}/damaged_manifest/iter_0000001/manifest.json",),
+        (
+            "CheckpointError: {}/damaged_manifest holds no checkpoint that can be loaded",
+            "{}/damaged_manifest/iter_0000001/manifest.json is damaged",
+        ),
     ),
     "unwritable folder": (
         4,
