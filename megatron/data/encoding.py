@@ -55,6 +55,7 @@ class ChunkEncoder:
 
     encode_batch: EncodeBatch
     keys: tuple[str, ...]
+    vocab_size: int
     dtype: np.dtype
     bos: int | None = None
     eod: int | None = None
@@ -120,8 +121,17 @@ class ChunkEncoder:
         lengths = text.lengths[used]
         num_sequences = np.bincount(text.document[used], minlength=len(kept))[kept].astype(np.int32)
         tokens = np.concatenate(ids) if ids else np.empty(0, np.int32)
+        self._check_range(tokens)
         tokens, lengths = _with_ends(tokens, lengths, num_sequences, self.bos, self.eod)
         return EncodedTexts(tokens.astype(self.dtype, copy=False), lengths, num_sequences)
+
+    def _check_range(self, tokens: np.ndarray) -> None:
+        """A wrong id would become another one in the dtype of the file, and nobody would ever know."""
+        if tokens.size and not 0 <= (wrong := int(tokens.view(np.uint32).max())) < self.vocab_size:
+            raise TokenizerError(
+                f"the tokenizer gave id {wrong}, and has {self.vocab_size} ids; its files are damaged or belong to "
+                "different tokenizers: copy them from one model."
+            )
 
 
 @dataclass(frozen=True)

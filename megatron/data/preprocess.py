@@ -184,6 +184,7 @@ class _Job:
         return ChunkEncoder(
             encode_batch,
             self.keys,
+            self.tokenizer.vocab_size,
             best_dtype(self.tokenizer.vocab_size),
             bos=self.tokenizer.bos if self.config.prepend_bos else None,
             eod=self.tokenizer.eod if self.config.append_eod else None,

@@ -142,7 +142,9 @@ class UnfinishedDatasets:
             self._wait()
             for prefix, files in zip(self._prefixes, self._files, strict=True):
                 folder = self.folder_of(prefix)
-                _flush_and_sync(files.values())
+                for file in files.values():
+                    file.flush()
+                _flush_and_sync([files[TOKENS]])  # of the others only what the index repeats is kept
                 with open(folder / "idx", "wb", buffering=1 << 20) as idx:
                     _write_index(idx, folder, self._dtype)
                     _flush_and_sync([idx])

@@ -74,6 +74,11 @@ class SentencePieceTokenizer:
             parse_special=parse_special,
         )
 
+    @property
+    def library(self) -> sentencepiece.SentencePieceProcessor:
+        """The library's own tokenizer, without the added tokens."""
+        return self._model
+
     def encode(self, text: str) -> list[int]:
         ids: list[int] = []
         for part in self._splitter.split(text):

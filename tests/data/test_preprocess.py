@@ -277,6 +277,20 @@ class _WithBos:
         return getattr(self._tokenizer, name)
 
 
+class _Lying(_WithBos):
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        return [np.full(3, self.bos, dtype=np.int32) for _ in texts]
+
+
+@pytest.mark.parametrize("wrong", [65_600, -1])
+def test_an_id_outside_the_vocabulary_is_refused_and_not_made_another_one(tmp_path, tokenizer, wrong):
+    file = _text_jsonl(tmp_path / "a.jsonl", ["a"])
+    config = PreprocessConfig(tokenizer_backend="reference")
+    with pytest.raises(TokenizerError, match=rf"the tokenizer gave id \d+, and has {tokenizer.vocab_size} ids"):
+        preprocess_files([file], {"text": tmp_path / "out"}, _Lying(tokenizer, wrong), config)
+    assert [path.name for path in tmp_path.iterdir()] == ["a.jsonl"]
+
+
 def test_sentences_are_the_sequences_of_their_document(tmp_path, tokenizer):
     file = _text_jsonl(tmp_path / "a.jsonl", ["One. Two! Three", " ", "Dr. Bennet had not."])
     config = PreprocessConfig(split_sentences=True, append_eod=True)

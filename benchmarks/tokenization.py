@@ -1,0 +1,152 @@
+"""Text to tokens: tools/preprocess_data.py against the tokenizer library's own threads, in turn, on the same text.
+
+    python -m benchmarks.tokenization --input corpus.jsonl --tokenizer_model tokenizer.json
+
+Ours is the whole command, from JSON lines to .bin and .idx, in a process of its own; its rate is measured behind its
+start-up, which is shown beside it. The peer is the library alone: texts in memory in, ids in memory out. Both have
+the same number of threads. Every run starts cold, and no text is repeated in it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from benchmarks.pairs import interval_of_median
+from megatron.data.documents import read_texts
+from megatron.tokenizer import Tokenizer, TokenizerConfig, build_tokenizer
+from megatron.tokenizer.library import LibraryTokenizer
+
+REPOSITORY: Final = Path(__file__).parent.parent
+# What the project asks of itself: MB/s with gigatoken, the share of the library's rate without, and seconds to start.
+FAST_BAR_MB_S: Final = 60.0
+REFERENCE_BAR: Final = 0.9
+START_UP_BAR_S: Final = 1.0
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run over `num_bytes` of text (JSON included on our side): seconds, CPU seconds, and those of start-up."""
+
+    num_bytes: int
+    seconds: float
+    cpu_s: float
+    start_up_s: float = 0.0
+
+    @property
+    def mb_per_s(self) -> float:
+        return self.num_bytes / 1e6 / self.seconds
+
+    @property
+    def cpu_ms_per_mb(self) -> float:
+        return 1e3 * self.cpu_s / (self.num_bytes / 1e6)
+
+
+def main(argv: list[str]) -> None:
+    options = _parse(argv)
+    print(f"{len(os.sched_getaffinity(0))} cores, load {os.getloadavg()[0]:.1f}, {options.workers} threads")
+    with tempfile.TemporaryDirectory() as folder:
+        texts = list(read_texts([Path(options.input)], "text"))
+        sample = _first(texts, int(options.reference_mb * 1e6))
+        part = Path(folder, "part.jsonl")
+        part.write_text("".join(json.dumps({"text": text}) + "\n" for text in sample))
+        tokenizer = build_tokenizer(TokenizerConfig(tokenizer_model=options.tokenizer_model))
+        fast, ours, peer = [], [], []
+        for pair in range(options.pairs):
+            fast.append(_run_tool(options, Path(options.input), folder, "gigatoken"))
+            sides = [lambda: ours.append(_run_tool(options, part, folder, "reference"))]
+            sides.append(lambda: peer.append(_run_library(tokenizer, sample, options.workers)))
+            for side in sides if pair % 2 else reversed(sides):
+                side()
+    _show(f"with gigatoken, {fast[0].num_bytes / 1e6:.1f} MB", fast)
+    _show(f"without, {ours[0].num_bytes / 1e6:.1f} MB", ours)
+    _show("the library alone", peer)
+    ratios = sorted(mine.mb_per_s / theirs.mb_per_s for mine, theirs in zip(ours, peer, strict=True))
+    low, high = interval_of_median(len(ratios))
+    ratio = statistics.median(ratios)
+    rate, start_up = statistics.median(run.mb_per_s for run in fast), statistics.median(run.start_up_s for run in fast)
+    print(f"rate with gigatoken   {rate:6.1f} MB/s, bar {FAST_BAR_MB_S:.0f}: {_verdict(rate >= FAST_BAR_MB_S)}")
+    print(
+        f"rate without / the library's  {ratio:.3f} [{ratios[low]:.3f}, {ratios[high]:.3f}], bar {REFERENCE_BAR}: "
+        f"{_verdict(ratio >= REFERENCE_BAR)}"
+    )
+    print(f"start-up              {start_up:6.2f} s, bar {START_UP_BAR_S:.0f}: {_verdict(start_up < START_UP_BAR_S)}")
+
+
+def _parse(argv: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.tokenization", description=__doc__.splitlines()[0])
+    parser.add_argument("--input", required=True, help="JSON lines with the key text")
+    parser.add_argument("--tokenizer_model", required=True, help="a file or folder, as of tools/preprocess_data.py")
+    parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)), help="threads of both sides")
+    parser.add_argument("--pairs", type=int, default=10, help="runs of each side (default: %(default)s)")
+    parser.add_argument(
+        "--reference_mb", type=float, default=4.0, help="text for the slow sides, in MB (default: %(default)s)"
+    )
+    return parser.parse_args(argv)
+
+
+def _first(texts: list[str], num_bytes: int) -> list[str]:
+    taken: list[str] = []
+    for text in texts:
+        if num_bytes <= 0:
+            break
+        taken.append(text)
+        num_bytes -= len(text.encode())
+    return taken
+
+
+def _run_tool(options: argparse.Namespace, file: Path, folder: str, backend: str) -> Run:
+    command = [sys.executable, "tools/preprocess_data.py", "--input", str(file), "--output_prefix", f"{folder}/out"]
+    command += ["--tokenizer_model", options.tokenizer_model, "--workers", str(options.workers)]
+    command += ["--tokenizer_backend", backend, "--log_interval", "1000000000"]
+    start, start_cpu = time.perf_counter(), _children_cpu_s()
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False)
+    wall_s, cpu_s = time.perf_counter() - start, _children_cpu_s() - start_cpu
+    if done.returncode:
+        raise SystemExit(done.stderr)
+    (rate,) = re.findall(r"at ([\d.]+) MB/s", done.stdout)
+    seconds = file.stat().st_size / 1e6 / float(rate)
+    return Run(file.stat().st_size, seconds, cpu_s, wall_s - seconds)
+
+
+def _run_library(tokenizer: Tokenizer, texts: list[str], num_threads: int) -> Run:
+    """The fastest call that the library offers for many texts. `tokenizers` takes every core there is."""
+    os.environ["TOKENIZERS_PARALLELISM"] = "true"
+    start, start_cpu = time.perf_counter(), time.process_time()
+    if isinstance(tokenizer, LibraryTokenizer):
+        tokenizer.library.encode_batch_fast(texts, add_special_tokens=False)
+    else:
+        tokenizer.library.encode(texts, num_threads=num_threads)  # type: ignore[attr-defined]
+    num_bytes = sum(len(text.encode()) for text in texts)
+    return Run(num_bytes, time.perf_counter() - start, time.process_time() - start_cpu)
+
+
+def _children_cpu_s() -> float:
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
+
+
+def _show(name: str, runs: list[Run]) -> None:
+    rate = statistics.median(run.mb_per_s for run in runs)
+    cpu = statistics.median(run.cpu_ms_per_mb for run in runs)
+    start_up = statistics.median(run.start_up_s for run in runs)
+    print(f"{name:30s} {rate:7.2f} MB/s  {cpu:8.1f} CPU ms/MB, start-up included  {start_up:5.2f} s start-up")
+
+
+def _verdict(is_met: bool) -> str:
+    return "met" if is_met else "short"
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
