@@ -93,12 +93,15 @@ class CheckpointConfig:
     )
     keep_last: int | None = field(
         default=None,
-        metadata={"help": "after a save remove all but this many valid checkpoints; default: keep all"},
+        metadata={"help": "after a save remove what is older than this many valid checkpoints; default: keep all"},
     )
     save_optim: bool = field(default=True, metadata={"help": "write the optimizer's state into checkpoints"})
     load: str | None = field(
         default=None,
-        metadata={"metavar": "PATH", "help": "folder of checkpoints to resume from, or a Hugging Face model folder"},
+        metadata={
+            "metavar": "PATH",
+            "help": "what to start from: a run's folder, one iteration in it, or a model in any known format",
+        },
     )
     load_iters: int | None = field(
         default=None,
