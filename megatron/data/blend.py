@@ -11,13 +11,13 @@ import os
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 
 from megatron.data import helpers
-from megatron.data.gpt import INDEX_CODE_VERSION, DocumentBounds, GPTDataset, GPTSamples, count_tokens
+from megatron.data.gpt import INDEX_CODE_VERSION, DocumentBounds, GPTSamples, count_tokens, gpt_indices
 from megatron.data.gpt_index import plan_epochs
 from megatron.data.index_cache import Arrays, cached_arrays
 from megatron.data.index_file import read_num_sequences
@@ -142,7 +142,7 @@ class BlendedDataset:
             "vocab_size": request.vocab_size,
             "max_epochs": None if request.max_epochs is None else repr(request.max_epochs),
         }
-        arrays = cached_arrays(cache_path, "blend", key, lambda: _build(members, request, cache_path))
+        arrays = cached_arrays(cache_path, "blend", key, lambda: _build(members, request))
         self.dataset_index, self.position_index = arrays["dataset_index"], arrays["position_index"]
         self._tokens, self._shares = arrays["tokens"], arrays["shares"]
         self.datasets = tuple(
@@ -176,7 +176,7 @@ def _plan(num_samples: int, num_tokens: int, request: Request) -> object:
     return plan_epochs(num_tokens, request.sequence_length, num_samples) if num_samples else None
 
 
-def _build(members: Sequence[Member], request: Request, cache_path: Path) -> Arrays:
+def _build(members: Sequence[Member], request: Request) -> Arrays:
     opened = [member.open() for member in members]
     for indexed in opened:
         check_vocabulary(indexed, request.vocab_size)
@@ -185,9 +185,8 @@ def _build(members: Sequence[Member], request: Request, cache_path: Path) -> Arr
     shares = tokens.astype(np.float64) if request.weights is None else np.array(request.weights)
     dataset_index, position_index = _serve(tokens, shares, request, request.num_samples)
     counts = np.bincount(dataset_index, minlength=len(members)).tolist()
-    build = partial(GPTDataset, sequence_length=request.sequence_length, seed=request.seed, cache_path=cache_path)
     built = [
-        build(indexed, chosen, count) if count else None
+        gpt_indices(indexed, chosen, count, request.sequence_length, request.seed) if count else None
         for indexed, chosen, count in zip(opened, documents, counts, strict=True)
     ]
     return {
@@ -219,11 +218,11 @@ def _serve(tokens: np.ndarray, shares: np.ndarray, request: Request, num_samples
     return helpers.build_blend_index(shares.tolist(), limits.tolist(), num_samples)
 
 
-def _joined(datasets: Sequence[GPTDataset | None]) -> Arrays:
+def _joined(datasets: Sequence[Arrays | None]) -> Arrays:
     """The indices of all datasets end to end, and where each one's part ends: "..._end", int64 [d]."""
     joined: Arrays = {}
     for name in _PARTS:
-        parts = [np.asarray(getattr(dataset, name)) if dataset is not None else None for dataset in datasets]
+        parts = [dataset[name] if dataset is not None else None for dataset in datasets]
         present = [part for part in parts if part is not None]
         joined[name] = np.concatenate(present)
         joined[f"{name}_end"] = np.cumsum([0 if part is None else len(part) for part in parts])

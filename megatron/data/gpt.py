@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from megatron.data import helpers
-from megatron.data.gpt_index import build_indices, plan_epochs
+from megatron.data.gpt_index import EpochPlan, build_indices, plan_epochs
 from megatron.data.index_cache import Arrays, cached_arrays
 from megatron.data.indexed import IndexedDataset
 from megatron.data.sample import Sample
@@ -96,10 +96,7 @@ class GPTDataset(GPTSamples):
         bounds: DocumentBounds = DocumentBounds(),
         cache_path: Path | None = None,
     ):
-        _check_request(indexed, document_range, num_samples, sequence_length)
-        self.tokens_per_epoch = count_tokens(indexed, document_range)
-        _check_tokens(indexed, document_range, num_samples, sequence_length, self.tokens_per_epoch)
-        self._plan = plan_epochs(self.tokens_per_epoch, sequence_length, num_samples)
+        self.tokens_per_epoch, self._plan = _checked_plan(indexed, document_range, num_samples, sequence_length)
         # The plan stands for the number of samples: runs that differ only in that share their indices.
         self._key: dict[str, str | int | bool] = {
             "version": INDEX_CODE_VERSION,
@@ -115,14 +112,8 @@ class GPTDataset(GPTSamples):
             cache_path if cache_path is not None else indexed.prefix.parent / "cache",
             "gpt",
             self._key,
-            lambda: build_indices(
-                indexed.sequence_lengths,
-                document_range,
-                self._plan,
-                tokens_per_epoch=self.tokens_per_epoch,
-                sequence_length=sequence_length,
-                seed=seed,
-                drop_last_partial=drop_last_partial,
+            lambda: gpt_indices(
+                indexed, document_range, num_samples, sequence_length, seed, drop_last_partial=drop_last_partial
             ),
         )
         super().__init__(lambda: indexed, indices, sequence_length, bounds)
@@ -135,6 +126,37 @@ class GPTDataset(GPTSamples):
     def has_same_order_for(self, num_samples: int | None) -> bool:
         """Whether this dataset, built for `num_samples` instead, would serve the same samples in the same order."""
         return plan_epochs(self.tokens_per_epoch, self.sequence_length, num_samples) == self._plan
+
+
+def gpt_indices(
+    indexed: IndexedDataset,
+    documents: range,
+    num_samples: int | None,
+    sequence_length: int,
+    seed: int,
+    *,
+    drop_last_partial: bool = True,
+) -> Arrays:
+    """What `GPTSamples` reads by; nothing is cached. Raises DataError where there is no sample to be had."""
+    tokens_per_epoch, plan = _checked_plan(indexed, documents, num_samples, sequence_length)
+    return build_indices(
+        indexed.sequence_lengths,
+        documents,
+        plan,
+        tokens_per_epoch=tokens_per_epoch,
+        sequence_length=sequence_length,
+        seed=seed,
+        drop_last_partial=drop_last_partial,
+    )
+
+
+def _checked_plan(
+    indexed: IndexedDataset, documents: range, num_samples: int | None, sequence_length: int
+) -> tuple[int, EpochPlan]:
+    _check_request(indexed, documents, num_samples, sequence_length)
+    tokens_per_epoch = count_tokens(indexed, documents)
+    _check_tokens(indexed, documents, num_samples, sequence_length, tokens_per_epoch)
+    return tokens_per_epoch, plan_epochs(tokens_per_epoch, sequence_length, num_samples)
 
 
 def count_tokens(indexed: IndexedDataset, document_range: range) -> int:

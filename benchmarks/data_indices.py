@@ -1,0 +1,141 @@
+"""Indices, blends and random access: our times beside the bound that the machine sets.
+
+python -m benchmarks.data_indices [--scale 1.0] [--rounds 5]
+
+Every figure is the best of `rounds` in one process, measured in turns with its bound or peer: the document order's
+random gather for the sample index, Megatron-LM's loop over all datasets for the blend, `cp` for a merge.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Final
+
+import numpy as np
+
+from benchmarks.worker import hardware_name
+from megatron.data import helpers
+from megatron.data.blend import BlendedDataset, Member, Request
+from megatron.data.gpt import DocumentBounds, GPTDataset
+from megatron.data.indexed import IndexedDataset, IndexedDatasetWriter
+
+RESULT: Final = Path(__file__).parent / "results" / "data_indices.md"
+SEQUENCE_LENGTH: Final = 2048
+VOCABULARY: Final = 50000
+_UNLIMITED: Final = 2**62
+
+
+def best_of(rounds: int, *actions: Callable[[], object]) -> list[float]:
+    """The shortest time of each action in seconds; they take turns."""
+    times = [[_time(action) for action in actions] for _ in range(rounds)]
+    return [min(column) for column in zip(*times, strict=True)]
+
+
+def sample_index_rows(scale: float, rounds: int) -> list[str]:
+    num_documents = int(10_000_000 * scale)
+    random = np.random.default_rng(0)
+    sizes = np.maximum(1, random.lognormal(6, 0.9, num_documents)).astype(np.int32)
+    order = random.permutation(num_documents).astype(np.int32)
+    out = np.empty_like(sizes)
+    build, gather = best_of(
+        rounds,
+        lambda: helpers.build_sample_index(
+            sizes, order, sequence_length=SEQUENCE_LENGTH, num_tokens=int(sizes.sum(dtype=np.int64))
+        ),
+        lambda: np.take(sizes, order, out=out),
+    )
+    return [
+        f"| sample index, {num_documents:,} shuffled documents | {build:.3f} s "
+        f"| random gather {gather:.3f} s | {build / gather:.2f}x |"
+    ]
+
+
+def blend_rows(scale: float, rounds: int) -> list[str]:
+    num_samples, rows = int(10_000_000 * scale), []
+    random = np.random.default_rng(1)
+    for name, weights in (
+        ("2 datasets", [0.7, 0.3]),
+        ("10 datasets", random.random(10) + 0.01),
+        ("100 equal datasets", np.ones(100)),
+        ("100 datasets of random weights", random.random(100) + 0.01),
+    ):
+        limits = [_UNLIMITED] * len(weights)
+        (seconds,) = best_of(rounds, partial(helpers.build_blend_index, list(weights), limits, num_samples))
+        rows.append(f"| blend of {name}, {num_samples:,} samples | {seconds:.3f} s | | |")
+    return rows
+
+
+def reading_rows(folder: Path, rounds: int) -> list[str]:
+    indexed = write(folder / "large", 50_000, seed=2)
+    chosen = np.random.default_rng(3).permutation(8000)
+    rows = []
+    for name, bounds in (("without", DocumentBounds()), ("with", DocumentBounds(True, True))):
+        dataset = GPTDataset(indexed, range(len(indexed)), 8000, SEQUENCE_LENGTH, 1, bounds=bounds)
+        (seconds,) = best_of(rounds, partial(_read, dataset, chosen))
+        rows.append(
+            f"| random access {name} document bounds, s = {SEQUENCE_LENGTH} "
+            f"| {len(chosen) / seconds:,.0f} samples/s | | |"
+        )
+    return rows
+
+
+def start_rows(folder: Path, rounds: int) -> list[str]:
+    prefixes = [folder / f"small{i}" for i in range(200)]
+    for i, prefix in enumerate(prefixes):
+        write(prefix, 100, seed=i)
+
+    def start() -> None:
+        members = [Member(prefix, partial(IndexedDataset, prefix)) for prefix in prefixes]
+        request = Request(10_000, SEQUENCE_LENGTH, 1, range, "all", VOCABULARY, tuple(1.0 for _ in prefixes))
+        BlendedDataset(members, request, DocumentBounds(), folder / "cache")
+
+    first = _time(start)
+    (cached,) = best_of(rounds, start)
+    return [f"| start of a blend of 200 datasets, cached | {cached * 1e3:.1f} ms | first {first * 1e3:.0f} ms | |"]
+
+
+def write(prefix: Path, num_documents: int, *, seed: int) -> IndexedDataset:
+    random = np.random.default_rng(seed)
+    with IndexedDatasetWriter(prefix, "uint16") as writer:
+        for length in np.maximum(1, random.lognormal(6, 0.9, num_documents)).astype(int):
+            writer.add_document(random.integers(0, VOCABULARY, length).astype(np.uint16))
+    return IndexedDataset(prefix)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.data_indices", description=__doc__)
+    parser.add_argument("--scale", type=float, default=1.0, help="of the number of documents and samples")
+    parser.add_argument("--rounds", type=int, default=5)
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        rows = [
+            *sample_index_rows(options.scale, options.rounds),
+            *blend_rows(options.scale, options.rounds),
+            *reading_rows(Path(folder), options.rounds),
+            *start_rows(Path(folder), options.rounds),
+        ]
+    head = ["| what | time or rate | beside it | ratio |", "|---|---|---|---|"]
+    table = "\n".join([f"# Data indices and reading\n\n{hardware_name()}\n", *head, *rows, ""])
+    RESULT.parent.mkdir(exist_ok=True)
+    RESULT.write_text(table)
+    print(table)
+
+
+def _read(dataset: GPTDataset, chosen: np.ndarray) -> None:
+    for index in chosen.tolist():
+        dataset[index]
+
+
+def _time(action: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    action()
+    return time.perf_counter() - start
+
+
+if __name__ == "__main__":
+    main()
