@@ -57,9 +57,14 @@ class SelfAttention(nn.Module):
     def forward(
         self, x: Tensor, rotary: Tensor | None, pattern: AttentionPattern, streams: DropoutStreams | None
     ) -> Tensor:
+        return self.output(self.context(x, rotary, pattern, streams))
+
+    def context(
+        self, x: Tensor, rotary: Tensor | None, pattern: AttentionPattern, streams: DropoutStreams | None
+    ) -> Tensor:
+        """What the output projection takes: [s, b, n d/tp]."""
         q, k, v = self._heads(self.qkv(x).unflatten(-1, (-1, self.head_dim)), rotary)
-        context = self.checkpoint_core(self._core, q, k, v, pattern, streams)
-        return self.output(context.flatten(2))
+        return self.checkpoint_core(self._core, q, k, v, pattern, streams).flatten(2)
 
     def _heads(self, qkv: Tensor, rotary: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """[s, b, (n + 2k)/tp, d] -> q: [s, b, n/tp, d], k and v: [s, b, k/tp, d]; q and k normed and rotated."""

@@ -6,6 +6,7 @@ from torch import Tensor, nn
 
 from megatron.core.random import DropoutStreams
 from megatron.core.recompute import Checkpoint
+from megatron.core.tensor_parallel.linear import row_parallel_sum
 from megatron.core.topology import Axis
 from megatron.model.attention import SelfAttention
 from megatron.model.attention_kernels import AttentionKernel, AttentionPattern
@@ -68,7 +69,8 @@ class TransformerLayer(nn.Module):
     ) -> Tensor:
         normed = self.attention_norm(x)
         for_mlp = normed if self.mlp_norm is None else self.mlp_norm(x)
-        both = self.attention(normed, rotary, pattern, streams) + self.mlp(for_mlp)
+        context, activated = self.attention.context(normed, rotary, pattern, streams), self.mlp.activated(for_mlp)
+        both = row_parallel_sum(self.attention.output, context, self.mlp.down, activated)
         return x + self._drop(both, "parallel_output", streams)
 
     def _drop(self, x: Tensor, site: str, streams: DropoutStreams | None) -> Tensor:

@@ -37,7 +37,11 @@ class MLP(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
+        return self.down(self.activated(x))
+
+    def activated(self, x: Tensor) -> Tensor:
+        """What the second projection takes: [s, b, f/tp]."""
         y = self.up(x)
         if self.gate is None:
-            return self.down(F.gelu(y, approximate=self.gelu_approximation))
-        return self.down(self.gated_activation(y, self.gate))
+            return F.gelu(y, approximate=self.gelu_approximation)
+        return self.gated_activation(y, self.gate)

@@ -153,6 +153,8 @@ def choose_kernel(run: RunConfig, device: torch.device) -> AttentionKernel:
         reason = "flash-attn needs --bf16"
     elif importlib.util.find_spec("flash_attn") is None:
         reason = "the flash-attn package is not installed"
+    elif run.data.reset_attention_mask:
+        reason = "flash-attn would attend across documents, and --reset_attention_mask keeps them apart"
     else:
         return flash_attention
     logger.warning("--use_flash_attn: %s; PyTorch's scaled_dot_product_attention is used instead", reason)

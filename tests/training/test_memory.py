@@ -124,6 +124,8 @@ ARCHITECTURES = {
     "window, qk-norm": {"sliding_window_size": 32, "qk_layernorm": None},
     "window, positions": {"sliding_window_size": 32, "position_embedding_type": "absolute"},
     "window, gqa": {"sliding_window_size": 32, "num_attention_heads_kv": 1},
+    "documents": {"reset_attention_mask": None, "num_attention_heads_kv": 4},
+    "documents, gqa, window": {"reset_attention_mask": None, "sliding_window_size": 32},
     "window, selective": {"sliding_window_size": 32, "recompute_granularity": "selective"},
     "selective": {"recompute_granularity": "selective"},
 }
@@ -139,6 +141,12 @@ def test_a_layer_keeps_what_the_formula_says(name, bf16):
     assert per_layer == pytest.approx(layer_bytes(run), rel=0.005)
 
 
+def test_a_mask_of_documents_is_kept_once_for_all_layers():
+    flags = {"num_attention_heads_kv": 4, "bf16": None}  # nothing is repeated
+    plain, masked = (activations(1, **flags, **more) for more in ({}, {"reset_attention_mask": None}))
+    assert masked - plain == 2 * 128 * 128 * 2  # two samples of 128 x 128 numbers, in bf16
+
+
 def kept_by(run: RunConfig, num_layers: int) -> int:
     """Bytes of distinct storages that autograd keeps of `num_layers` layers, parameters left out."""
     recompute = RecomputePolicy(run.parallel.recompute_granularity)
@@ -147,7 +155,12 @@ def kept_by(run: RunConfig, num_layers: int) -> int:
     dtype = torch.bfloat16 if run.training.bf16 else torch.float32
     stage.to(dtype)
     x = torch.randn(run.data.seq_length, run.training.micro_batch_size, run.model.hidden_size, dtype=dtype)
-    return saved_bytes(lambda: stage(x.requires_grad_(), run.data.seq_length, None, DropoutStreams(1, 1, 0)), stage)
+    documents = torch.zeros(run.training.micro_batch_size, run.data.seq_length, dtype=torch.int32)
+    segment_ids = documents if run.data.reset_attention_mask else None
+    streams = DropoutStreams(1, 1, 0)
+    return saved_bytes(
+        lambda: stage(x.requires_grad_(), run.data.seq_length, None, streams, segment_ids=segment_ids), stage
+    )
 
 
 def saved_bytes(forward: Callable[[], Tensor], stage: Stage) -> int:

@@ -19,8 +19,10 @@ from megatron.core.collectives import (
     all_gather_async,
     all_reduce,
     all_reduce_async,
+    reduce_from_ranks,
     reduce_scatter,
     reduce_scatter_async,
+    scatter_sequence,
     wait,
 )
 from megatron.core.sharding import Block, ShardSpec
@@ -75,6 +77,19 @@ class RowParallelLinear(ShardedModule):
             return F.linear(x, self.weight, self.bias)
         y = _RowLinear.apply(x, self.weight, self.axis, self.sequence_parallel)
         return y if self.bias is None else y + self.bias
+
+    def summand(self, x: Tensor) -> Tensor:
+        """[s, b, i/tp] -> [s, b, o]: what this rank adds to the output, without the bias."""
+        return F.linear(x, self.weight)
+
+
+def row_parallel_sum(a: RowParallelLinear, x: Tensor, b: RowParallelLinear, y: Tensor) -> Tensor:
+    """a(x) + b(y), reduced once."""
+    reduce = scatter_sequence if a.sequence_parallel else reduce_from_ranks
+    total = reduce(a.summand(x) + b.summand(y), a.axis)  # backward: all-gather, identity
+    for bias in (a.bias, b.bias):
+        total = total if bias is None else total + bias
+    return total
 
 
 def _bias_of(block: Block) -> Block:
