@@ -78,14 +78,11 @@ def export_tokenizer(
     assert config.path is not None
     files = tokenizer_files(Path(config.path))
     additions = config.vocab_extra_ids > 0 or bool(config.vocab_extra_ids_list)
-    is_published = bool(files.keys() - {SENTENCEPIECE_FILE})
-    if not additions and (_is_hugging_face(config, files) or (is_published and config.no_new_tokens)):
+    if not additions and _is_hugging_face(config, files):
         return _copied(files, folder, overrides or {})
     tokenizer = fit_to_vocabulary(config, num_rows)
     difference = None
     if isinstance(tokenizer, SentencePieceTokenizer):
-        if is_published and not tokenizer.added_tokens:
-            return _copied(files, folder, overrides or {})
         proto = read_sentencepiece(files[SENTENCEPIECE_FILE].read_bytes())
         model = tokenizer_json(tokenizer, proto, config.vocab_extra_ids_list)
         settings = _settings(tokenizer, proto, model, _read(files.get(CONFIG_FILE)))

@@ -9,6 +9,7 @@ from typing import Any, Final
 from megatron.checkpoint.source import Source
 from megatron.checkpoint.tokenizer_files import SENTENCEPIECE_FILE, TOKENIZER_FOLDER, tokenizer_files
 from megatron.tokenizer.config import TokenizerConfig
+from megatron.tokenizer.huggingface import HuggingFaceTokenizer
 
 # The fields that decide which ids there are beside those of the files.
 ADDITIONS: Final = ("vocab_extra_ids", "vocab_extra_ids_list", "no_new_tokens")
@@ -22,22 +23,24 @@ def tokenizer_of(
 
     Raises CheckpointError if there is no tokenizer at `path`.
     """
-    recorded, identity = _recorded(source), source.tokenizer()
+    recorded = _recorded(source)
+    found = _place(source, recorded) if path is None else Path(path)
+    if found is None:
+        return None
+    files = tokenizer_files(found)
+    if not recorded and not additions:
+        # Weights that were only converted: their tokenizer is what its files say, and transformers knows how to read
+        # all of them but a tokenizer.model alone.
+        if files.keys() - {SENTENCEPIECE_FILE}:
+            folder = found if found.is_dir() else found.parent
+            return TokenizerConfig(tokenizer_type=HuggingFaceTokenizer.name, tokenizer_model=str(folder))
+        return TokenizerConfig(tokenizer_model=str(found), no_new_tokens=True)
     kept = {name: recorded[name] for name in _KEPT if recorded.get(name) is not None}
-    if recorded and identity is not None:
+    if (identity := source.tokenizer()) is not None and recorded:
         kept.setdefault("tokenizer_type", identity.tokenizer_type)
-    elif not recorded and not additions:
-        # Weights that were only converted: their tokenizer is what its files say.
-        kept["no_new_tokens"] = True
     if path is not None:
-        tokenizer_files(Path(path))
         kept = {**kept, "tokenizer_type": None, "tiktoken_encoding": None}
-    else:
-        found = _place(source, recorded)
-        if found is None:
-            return None
-        path = str(found)
-    return TokenizerConfig(**{**kept, "tokenizer_model": path, **(additions or {})})
+    return TokenizerConfig(**{**kept, "tokenizer_model": str(found), **(additions or {})})
 
 
 def _recorded(source: Source) -> Mapping[str, Any]:

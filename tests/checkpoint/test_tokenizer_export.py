@@ -120,17 +120,28 @@ def test_what_was_published_beside_the_model_file_is_carried_along(sentencepiece
     assert "<other>" not in theirs.get_vocab()
 
 
-@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json"])
-def test_a_published_tokenizer_without_additions_is_copied_byte_for_byte(
-    name: str, sentencepiece_file: Path, tmp_path: Path
+def test_a_run_on_sentencepiece_exports_sentencepiece_whatever_was_published_beside_it(
+    sentencepiece_file: Path, tmp_path: Path
 ) -> None:
-    (sentencepiece_file.parent / name).write_text("{ } ")
-    # As many rows as pieces: the model was trained without additions.
+    """The conversion that transformers makes of a tokenizer.model treats a leading blank otherwise."""
+    (sentencepiece_file.parent / "tokenizer_config.json").write_text('{"tokenizer_class": "LlamaTokenizer"}')
     config = TokenizerConfig(tokenizer_model=str(sentencepiece_file), tokenizer_type="SentencePieceTokenizer")
+    # As many rows as pieces: the model was trained without additions.
     exported = export(config, tmp_path / "hf", num_rows=SENTENCEPIECE_PIECES)
+    theirs, ours = loaded(tmp_path / "hf"), exported.tokenizer
+    assert ours is not None and len(theirs) == ours.vocab_size == SENTENCEPIECE_PIECES
+    assert ids(theirs, " a man") == ours.encode(" a man")
+
+
+@pytest.mark.parametrize("names", [("tokenizer.json",), ("tokenizer.model", "tokenizer_config.json")])
+def test_published_files_are_copied_byte_for_byte(names: tuple[str, ...], tmp_path: Path) -> None:
+    (tmp_path / "published").mkdir()
+    for name in names:
+        (tmp_path / "published" / name).write_text("{ } ")
+    config = TokenizerConfig(tokenizer_model=str(tmp_path / "published"), tokenizer_type="HuggingFaceTokenizer")
+    exported = export(config, tmp_path / "hf", num_rows=1)
     assert exported.tokenizer is None
-    assert {file.parent for file in exported.files.values()} == {sentencepiece_file.parent}
-    assert exported.files.keys() == {"tokenizer.model", name}
+    assert exported.files == {name: tmp_path / "published" / name for name in names}
 
 
 def test_a_hugging_face_tokenizer_without_additions_is_copied_byte_for_byte(tmp_path: Path) -> None:
@@ -242,7 +253,7 @@ def test_a_tokenizer_of_vocabulary_files_is_copied_but_keeps_its_roles(tmp_path:
     (tmp_path / "old").mkdir()
     for name in ("vocab.json", "merges.txt"):
         (tmp_path / "old" / name).write_text("{}")
-    config = TokenizerConfig(tokenizer_model=str(tmp_path / "old"), no_new_tokens=True)
+    config = TokenizerConfig(tokenizer_model=str(tmp_path / "old"), tokenizer_type="HuggingFaceTokenizer")
     exported = export(config, tmp_path / "hf")
     assert exported.files.keys() == {"vocab.json", "merges.txt"}
     assert exported.ids() == {}
