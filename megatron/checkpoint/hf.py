@@ -19,6 +19,7 @@ from megatron.checkpoint.container import DTYPES
 from megatron.checkpoint.hf_config import family_of, model_config_from_hf
 from megatron.checkpoint.hf_family import Family
 from megatron.checkpoint.hf_files import FileTensor, WeightFiles, listed, read_json
+from megatron.checkpoint.hf_rules import LLAMA
 from megatron.checkpoint.hf_tensors import StoredTensor, stored_tensors
 from megatron.checkpoint.source import MODEL, RunState, Source, TokenizerIdentity
 from megatron.core.tensor_parallel import shard_specs
@@ -86,8 +87,9 @@ class HuggingFaceSource:
         return self._model
 
     def model_name(self) -> str | None:
-        """None: the format does not record which of a family's generations a model belongs to."""
-        return None
+        """None for a Llama: the format does not record which of its generations a model belongs to."""
+        model_type = self.config["model_type"]
+        return None if model_type == LLAMA.model_type else model_type
 
     def tokenizer(self) -> TokenizerIdentity | None:
         if (self.path / "tokenizer.json").exists():

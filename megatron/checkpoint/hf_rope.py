@@ -37,7 +37,10 @@ def read_rope(config: Mapping[str, Any], max_position_embeddings: int, where: st
         raise CheckpointError(
             f"{where}: {spelling} {kind} is not supported; use a model with linear or llama3 scaling."
         )
-    theta = float(rope["rope_theta"] or _DEFAULT_THETA)
+    theta = rope["rope_theta"] or _DEFAULT_THETA
+    if not isinstance(theta, (int, float)):
+        raise CheckpointError(f"{where}: rope_theta is {theta!r}, not a number; restore the model's own config.json.")
+    theta = float(theta)
     missing = [name for name in _NUMBERS[rope_type] if not isinstance(rope.get(name), (int, float))]
     if missing:
         raise CheckpointError(f"{where}: {spelling} of type {rope_type!r} lacks {', '.join(missing)}; add them.")

@@ -159,6 +159,7 @@ def test_keys_that_old_files_lack_have_the_defaults_of_transformers():
         ({"vocab_size": "many"}, "vocab_size is 'many', not a positive integer; restore the model's own config.json."),
         ({"num_hidden_layers": 0}, "num_hidden_layers is 0, not a positive integer; restore the model's own config."),
         ({"rms_norm_eps": "1e-5"}, "rms_norm_eps is '1e-5', not a number; restore the model's own config.json."),
+        ({"rope_theta": "1e4"}, "rope_theta is '1e4', not a number; restore the model's own config.json."),
         ({"mlp_bias": 1}, "mlp_bias is 1, not true or false; restore the model's own config.json."),
         ({"num_key_value_heads": 4}, "--num_attention_heads 6 is not a multiple of --num_attention_heads_kv 4"),
         (

@@ -81,6 +81,11 @@ def test_the_entries_are_the_logical_tensors_of_the_model(name, tmp_path):
     assert shapes == logical_shapes(source.model_config())
 
 
+@pytest.mark.parametrize(("name", "recorded"), [("llama", None), ("mistral", "mistral"), ("qwen2 window", "qwen2")])
+def test_the_family_is_recorded_where_it_has_one_generation(name, recorded, tmp_path):
+    assert HuggingFaceSource(save_family(tmp_path / "hf", name)).model_name() == recorded
+
+
 @pytest.mark.parametrize("name", ["falcon 7b", "falcon 40b", "falcon sequential", "gpt2"])
 def test_a_slice_of_a_fused_tensor_is_the_slice_of_the_whole_logical_tensor(name, tmp_path):
     source = HuggingFaceSource(save_family(tmp_path / "hf", name))
