@@ -114,12 +114,13 @@ class _Allowing:
     lock = threading.Lock()
 
 
-def read_torch_file(path: Path) -> Any:
+def read_torch_file(path: Path, *, values: bool = True) -> Any:
     """What torch.save wrote to `path`, with tensors on the CPU.
 
-    Tensors of a file in the zip format are mapped, not read: their bytes are fetched when they are used. Raises
-    CheckpointError naming the file and the name it brings if that is neither data nor known to be harmless, before
-    anything is built; and naming the file if it is cut off or damaged.
+    Tensors of a file in the zip format are mapped, not read: their bytes are fetched when they are used. Without
+    `values` they are on the meta device, for `torch_places`. Raises CheckpointError naming the file and the name it
+    brings if that is neither data nor known to be harmless, before anything is built; and naming the file if it is cut
+    off or damaged.
     """
     try:
         names, can_map = _scan(path)
@@ -133,7 +134,7 @@ def read_torch_file(path: Path) -> Any:
                 f"{path} names {', '.join(refused)}, which is no data: loading it could run a program. Nothing was "
                 "executed; use a file of weights from a source you trust, safetensors at best."
             )
-        return _load(path, can_map=can_map)
+        return _load(path, can_map=can_map, device="cpu" if values else "meta")
 
 
 def _torch_names() -> frozenset[str]:
@@ -141,9 +142,9 @@ def _torch_names() -> frozenset[str]:
     return frozenset(torch._weights_only_unpickler._get_allowed_globals())
 
 
-def _load(path: Path, *, can_map: bool) -> Any:
+def _load(path: Path, *, can_map: bool, device: str) -> Any:
     try:
-        return torch.load(str(path), map_location="cpu", weights_only=True, mmap=can_map)
+        return torch.load(str(path), map_location=device, weights_only=True, mmap=can_map and device == "cpu")
     except Exception as error:  # What damaged bytes lead to inside torch.load has no common base.
         raise _damaged(path, str(error).splitlines()[0] if str(error) else type(error).__name__) from error
 
@@ -157,10 +158,17 @@ def _scan(path: Path) -> tuple[set[str], bool]:
         try:
             with zipfile.ZipFile(file) as archive:
                 records = archive.infolist()
-                pickled = [archive.read(r) for r in records if r.filename.split("/")[-1] == _PICKLE_RECORD]
+                pickled = [read_record(archive, r) for r in records if r.filename.split("/")[-1] == _PICKLE_RECORD]
         except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError) as error:
             raise _damaged(path, str(error)) from error
         return _names_in(map(io.BytesIO, pickled)), all(r.compress_type == zipfile.ZIP_STORED for r in records)
+
+
+def read_record(archive: zipfile.ZipFile, record: zipfile.ZipInfo) -> bytes:
+    """The bytes of a record, checked against its checksum unless torch.save was told to compute none."""
+    if record.CRC == 0:
+        del record.CRC
+    return archive.read(record)
 
 
 def _damaged(path: Path, reason: str) -> DamagedCheckpointError:

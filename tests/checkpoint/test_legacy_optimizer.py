@@ -158,6 +158,14 @@ UNREADABLE = {
         "a distributed optimizer keeps it in files of its own",
     ),
     "another form": (lambda saved: saved.update(optimizer=[1]), "it is in no form that is known"),
+    "a parameter without state": (
+        lambda saved: saved["optimizer"]["optimizer"]["state"].pop(3),
+        "it does not have something for every parameter",
+    ),
+    "state that is no record": (
+        lambda saved: saved["optimizer"]["optimizer"]["state"].update({3: 1}),
+        "it is in no form that is known",
+    ),
     "another optimizer": (
         lambda saved: [entry.pop("exp_avg_sq") for entry in saved["optimizer"]["optimizer"]["state"].values()],
         "it is neither that of Adam nor of SGD with momentum",

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+import random
 import re
 import shutil
 import sys
 import types
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -100,16 +102,29 @@ def test_any_rectangle_is_what_the_whole_tensor_has_there(tmp_path, name, start,
     assert torch.equal(read, wanted)
 
 
-def test_files_are_mapped_anew_after_a_while(tmp_path, monkeypatch):
+@pytest.mark.parametrize("spelling", [Spelling(tp=2), Spelling(pp=2, virtual=2)], ids=["TP2", "interleaved"])
+def test_files_of_the_old_format_and_compressed_ones_are_read_as_well(tmp_path, spelling):
+    weights = random_weights(LLAMA)
+    for number, file in enumerate(write_tree(tmp_path, LLAMA, weights, spelling).rglob("*.pt")):
+        state = torch.load(file, weights_only=False)
+        torch.save(state, file, _use_new_zipfile_serialization=bool(number))
+        if number:
+            with zipfile.ZipFile(file) as stored:
+                records = {record.filename: stored.read(record) for record in stored.infolist()}
+            with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as packed:
+                for name, content in records.items():
+                    packed.writestr(name, content)
+    assert_holds(LegacySource(tmp_path), weights)
+
+
+def test_each_file_is_parsed_once_for_all_that_is_read_from_it(tmp_path, monkeypatch):
     weights = random_weights(LLAMA)
     write_tree(tmp_path, LLAMA, weights, Spelling(tp=2))
-    monkeypatch.setattr(mapped, "_MAPPED_BYTES", 2000)
-    reads: list[Path] = []
-    read_rank = mapped.read_rank
-    source = LegacySource(tmp_path)
-    monkeypatch.setattr(mapped, "read_rank", lambda file: reads.append(file) or read_rank(file))
+    source, opened = LegacySource(tmp_path), []
+    placed = mapped.PlacedTensors
+    monkeypatch.setattr(mapped, "PlacedTensors", lambda path: opened.append(path) or placed(path))
     assert_holds(source, weights)
-    assert len(reads) > 10
+    assert len(opened) == 2
 
 
 def lm_arguments(model: ModelConfig, **others: Any) -> dict[str, Any]:
@@ -346,3 +361,18 @@ def test_a_tree_that_is_not_whole_is_named_with_what_is_wrong(tmp_path, damage, 
     with pytest.raises(CheckpointError, match=re.escape(message)) as raised:
         open_source(tmp_path)
     assert str(tmp_path) in str(raised.value)
+
+
+def test_no_flipped_bit_goes_unnoticed_or_breaks_anything(tmp_path):
+    """Wherever it is, the file is named, or every tensor is what it was: names and tensors have checksums."""
+    weights = random_weights(LLAMA)
+    file = write_tree(tmp_path, LLAMA, weights, Spelling()) / "mp_rank_00" / "model_optim_rng.pt"
+    whole, generator = file.read_bytes(), random.Random(5)
+    for _ in range(50):
+        damaged = bytearray(whole)
+        damaged[generator.randrange(len(whole))] ^= 1 << generator.randrange(8)
+        file.write_bytes(damaged)
+        try:
+            assert_holds(LegacySource(tmp_path), weights)
+        except CheckpointError as error:
+            assert str(file) in str(error) or str(file.parent.parent) in str(error)

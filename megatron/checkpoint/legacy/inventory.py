@@ -17,6 +17,7 @@ from megatron.checkpoint.legacy.optimizer import (
     Chunks,
     UnreadableOptimizerStateError,
     check_masters,
+    count_steps,
     find_optimizer_state,
 )
 from megatron.checkpoint.legacy.tensors import Chunk, Part, StoredTensor, TreeModel
@@ -171,7 +172,7 @@ def _optimizer_facts(state: Mapping[str, Any], chunks: Chunks) -> OptimizerFacts
     if found is None:
         return None
     check_masters(found, chunks)
-    return OptimizerFacts(found.optimizer, found.num_steps, found.dtypes)
+    return OptimizerFacts(found.optimizer, count_steps(state), found.dtypes)
 
 
 def _recorded(state: Mapping[str, Any], file: Path) -> Recorded:

@@ -35,7 +35,6 @@ class OptimizerState:
     """`tensors` of each chunk: kind ("model" for masters, "optimizer.exp_avg", ...) -> key -> tensor."""
 
     optimizer: str
-    num_steps: int
     tensors: tuple[Mapping[str, Mapping[str, Tensor]], ...]
 
     @property
@@ -46,17 +45,9 @@ class OptimizerState:
 
 def find_optimizer_state(state: Mapping[str, Any], chunks: Chunks) -> OptimizerState | None:
     """None if the file has none. `chunks` are the model's own tensors by key, as the file orders them."""
-    saved = state.get("optimizer")
-    if saved is None:
+    if (saved := state.get("optimizer")) is None:
         return None
-    inner = saved.get("optimizer", saved) if isinstance(saved, Mapping) else None
-    if not isinstance(inner, Mapping) or not isinstance(inner.get("param_groups"), list):
-        raise UnreadableOptimizerStateError("it is in no form that is known")
-    if not inner.get("state"):
-        raise UnreadableOptimizerStateError(DISTRIBUTED_OPTIMIZER)
-    groups = inner["param_groups"]
-    numbers = [number for group in groups for number in group["params"]]
-    entries = [inner["state"].get(number, {}) for number in numbers]
+    groups, entries = _numbered(saved)
     names, optimizer = _names(entries)
     order = _order(chunks, [len(group["params"]) for group in groups], [entry[names[0]] for entry in entries])
     held = {f"optimizer.{name}": [entry[name] for entry in entries] for name in names}
@@ -66,7 +57,20 @@ def find_optimizer_state(state: Mapping[str, Any], chunks: Chunks) -> OptimizerS
     for kind, values in held.items():
         for (chunk, key), value in zip(order, values, strict=True):
             tensors[chunk][kind][key] = value
-    return OptimizerState(optimizer, _num_steps(groups, entries, state), tensors)
+    return OptimizerState(optimizer, tensors)
+
+
+def count_steps(state: Mapping[str, Any]) -> int:
+    """Of a file that has an optimizer's state, read with values.
+
+    Apex counts steps for a group, torch for a parameter; SGD counts none, and the iteration stands in.
+    """
+    groups, entries = _numbered(state["optimizer"])
+    counted = {int(owner["step"]) for owner in (*groups, *entries) if "step" in owner}
+    if len(counted) > 1:
+        raise UnreadableOptimizerStateError(f"its parameters have made different numbers of steps: {sorted(counted)}")
+    iteration = state.get("iteration")
+    return counted.pop() if counted else iteration if isinstance(iteration, int) else 0
 
 
 def check_masters(found: OptimizerState, chunks: Chunks) -> None:
@@ -76,6 +80,23 @@ def check_masters(found: OptimizerState, chunks: Chunks) -> None:
             ours, theirs = (tensor.flatten()[:_COMPARED_ELEMENTS] for tensor in (weights[key], master))
             if not torch.equal(theirs.to(ours.dtype), ours):
                 raise UnreadableOptimizerStateError(f"its fp32 values are not those of {key}")
+
+
+def _numbered(saved: object) -> tuple[list[Mapping[str, Any]], list[Mapping[str, Any]]]:
+    """The groups of parameters, and what is kept for each parameter in the order of their numbers."""
+    inner = saved.get("optimizer", saved) if isinstance(saved, Mapping) else None
+    if not isinstance(inner, Mapping) or not isinstance(inner.get("param_groups"), list):
+        raise UnreadableOptimizerStateError("it is in no form that is known")
+    if not inner.get("state"):
+        raise UnreadableOptimizerStateError(DISTRIBUTED_OPTIMIZER)
+    try:
+        numbers = [number for group in inner["param_groups"] for number in group["params"]]
+        entries = [inner["state"][number] for number in numbers]
+    except (KeyError, TypeError) as error:
+        raise UnreadableOptimizerStateError("it does not have something for every parameter") from error
+    if not all(isinstance(entry, Mapping) for entry in entries):
+        raise UnreadableOptimizerStateError("it is in no form that is known")
+    return inner["param_groups"], entries
 
 
 def _names(entries: Sequence[Mapping[str, Any]]) -> tuple[tuple[str, ...], str]:
@@ -117,12 +138,3 @@ def _masters(saved: Mapping[str, Any], chunks: Chunks, order: Sequence[tuple[int
     if [master.shape for master in masters] != [weight.shape for weight in weights]:
         raise UnreadableOptimizerStateError("its fp32 values are not those of the model's parameters")
     return [master.detach() for master in masters]
-
-
-def _num_steps(groups: Sequence[Mapping[str, Any]], entries: Sequence[Mapping[str, Any]], state: Mapping) -> int:
-    """Apex counts steps for a group, torch for a parameter; SGD counts none, and the iteration stands in."""
-    counted = {int(owner["step"]) for owner in (*groups, *entries) if "step" in owner}
-    if len(counted) > 1:
-        raise UnreadableOptimizerStateError(f"its parameters have made different numbers of steps: {sorted(counted)}")
-    iteration = state.get("iteration")
-    return counted.pop() if counted else iteration if isinstance(iteration, int) else 0

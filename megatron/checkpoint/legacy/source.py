@@ -106,7 +106,7 @@ class LegacySource:
         result: Tensor | None = None
         for rank in (rows // share).unique().tolist():
             here = (rows // share == rank).nonzero().squeeze(1)
-            held = self._tensor(place, rank, len(here))[(slice(None), *columns)]
+            held = self._tensor(place, rank)[(slice(None), *columns)]
             if result is None:
                 result = torch.empty((len(rows), *held.shape[1:]), dtype=held.dtype)
             result[here] = held.index_select(0, rows[here] - rank * share)
@@ -118,13 +118,11 @@ class LegacySource:
         pieces = []
         for rank in range(columns.start // share, -(-columns.stop // share)):
             first, end = (min(max(edge - rank * share, 0), share) for edge in (columns.start, columns.stop))
-            pieces.append(self._tensor(place, rank, rows.stop - rows.start)[rows, first:end])
+            pieces.append(self._tensor(place, rank)[rows, first:end])
         return torch.cat(pieces, dim=1)
 
-    def _tensor(self, place: Place, tensor_rank: int, num_rows: int) -> Tensor:
-        row_bytes = place.dtype.itemsize * (place.stored.shape[-1] if len(place.stored.shape) > 1 else 1)
-        rank = (place.pipeline_rank, tensor_rank)
-        return self._files.tensor(rank, place.chunk, place.kind, place.stored.key, num_rows * row_bytes)
+    def _tensor(self, place: Place, tensor_rank: int) -> Tensor:
+        return self._files.tensor((place.pipeline_rank, tensor_rank), place.chunk, place.kind, place.stored.key)
 
 
 def _true_vocab_size(path: Path, args: object, given: int | None, padded: int) -> tuple[int, tuple[str, ...]]:

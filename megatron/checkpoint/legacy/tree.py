@@ -92,7 +92,11 @@ def rank_name(pipeline_rank: int, tensor_rank: int, pp: int) -> str:
 
 def read_rank(file: Path) -> dict[str, Any]:
     """Everything in a rank's file. Raises CheckpointError if that is no checkpoint."""
-    state = read_torch_file(file)
+    return check_rank(read_torch_file(file), file)
+
+
+def check_rank(state: object, file: Path) -> dict[str, Any]:
+    """`state` if it is that of a checkpoint. Raises CheckpointError."""
     if not isinstance(state, dict) or not _chunk_names(state):
         raise CheckpointError(f"{file} holds no model; it is no checkpoint of Megatron-LM or Megatron-LLM.")
     return state
