@@ -33,6 +33,7 @@ from megatron.checkpoint.opening import FORMATS, open_source
 from megatron.checkpoint.reshard import has_optimizer_state
 from megatron.checkpoint.show import format_bytes, overview
 from megatron.checkpoint.source import MODEL, Source, num_entry_bytes
+from megatron.checkpoint.state_dict_source import open_dcp, open_torch_file
 from megatron.checkpoint.verify import (
     folders_to_verify,
     stored_bytes,
@@ -68,7 +69,7 @@ def main(argv: list[str]) -> None:
 
 def _convert(options: argparse.Namespace) -> None:
     target = _target(options)
-    source = _open(options.load_dir, options.loader, options.load_iters)
+    source = _open(options.load_dir, loader=options.loader, iteration=options.load_iters, config=options.config)
     _check_model_type(source, options.model_type)
     _print_source(source)
     if options.true_vocab_size is not None:
@@ -102,14 +103,19 @@ def _target(options: argparse.Namespace) -> Target:
     )
 
 
-def _open(folder: str, loader: str = "auto", iteration: int | None = None) -> Source:
+def _open(folder: str, *, loader: str = "auto", iteration: int | None = None, config: Path | None = None) -> Source:
     path = Path(folder)
-    if loader == "auto":
-        return open_source(path, iteration)
-    known = next(known for known in FORMATS if known.name == loader)
-    if not known.recognises(path):
+    known = next((known for known in FORMATS if known.name == loader), None)
+    if known is not None and not known.recognises(path):
         raise CheckpointError(f"--loader {loader}: {path} is not {known.looks_like}; give another loader or none.")
-    return known.open(path, iteration)
+    if config is None:
+        return open_source(path, iteration) if known is None else known.open(path, iteration)
+    found = known or next((known for known in FORMATS if known.recognises(path)), None)
+    if found is not None and found.name == "dcp":
+        return open_dcp(path, iteration, config=config)
+    if found is not None and found.name == "torch":
+        return open_torch_file(path, config=config)
+    raise ConfigError(f"--config {config}: {path} describes its model itself, or is no checkpoint; drop --config.")
 
 
 def _check_model_type(source: Source, model_type: str | None) -> None:
@@ -182,10 +188,9 @@ def _verify(options: argparse.Namespace) -> None:
 
 
 def _show(options: argparse.Namespace) -> None:
-    # A pipe has no width: lines are for grep then, and are not to be broken.
-    Console(width=None if sys.stdout.isatty() else 200, highlight=False).print(
-        overview(_open(options.dir, iteration=options.load_iters))
-    )
+    source = _open(options.dir, iteration=options.load_iters, config=options.config)
+    # A pipe has no width: what goes to grep is not to be broken.
+    Console(width=None if sys.stdout.isatty() else PIPE_COLUMNS, highlight=False).print(overview(source))
 
 
 def _diff(options: argparse.Namespace) -> None:
@@ -243,6 +248,7 @@ def _add_source_flags(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--load_dir", required=True, metavar="DIR", help="a run's folder, or weights of another format")
     group.add_argument("--load_iters", type=int, metavar="N", help="iteration to read; default: the latest")
     group.add_argument("--loader", choices=LOADERS, default="auto", help="format to read; default: what the folder is")
+    _add_config(group)
     group.add_argument(
         "--model_type", choices=MODEL_TYPES, help="compared with what the source holds; recorded if it does not say"
     )
@@ -296,6 +302,7 @@ def _show_parser() -> ArgumentParser:
     parser.set_defaults(run=_show)
     parser.add_argument("dir", metavar="DIR", help="a run's folder, one iteration's, or weights of another format")
     parser.add_argument("--load_iters", type=int, metavar="N", help="iteration to show; default: the latest")
+    _add_config(parser)
     return parser
 
 
@@ -310,6 +317,15 @@ def _diff_parser() -> ArgumentParser:
     parser.add_argument("--weights_only", action="store_true", help="leave optimizer and state of the run out")
     _add_workers(parser, "tensors are compared by so many threads")
     return parser
+
+
+def _add_config(parser: argparse._ActionsContainer) -> None:
+    parser.add_argument(
+        "--config",
+        type=Path,
+        metavar="PATH",
+        help="config.json, params.json or its folder, for weights that do not say what model they are of",
+    )
 
 
 def _add_workers(parser: argparse.ArgumentParser, what: str) -> None:

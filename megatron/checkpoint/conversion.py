@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,8 @@ from megatron.checkpoint.hf_export import (
     write_hf_folder,
 )
 from megatron.checkpoint.legacy import plan_legacy_tree, write_legacy_tree
+from megatron.checkpoint.legacy.tree import rank_name
+from megatron.checkpoint.legacy.writer import LegacyTreePlan
 from megatron.checkpoint.model_export import plan_model_export
 from megatron.checkpoint.placement import num_virtual_chunks
 from megatron.checkpoint.reshard import plan_resharding, reshard
@@ -99,7 +102,11 @@ def to_megatron_legacy(source: Source, target: Target) -> Conversion:
         source, layout, num_chunks=num_chunks, weights_dtype=target.dtype, model_name=target.model_name
     )
     return Conversion(
-        {f"{plan.name}: {layout.world_size} mp_rank folders": plan.num_bytes},
+        {
+            f"{plan.name}/{rank_name(p, t, layout.pp)}": _legacy_rank_bytes(plan, p)
+            for p in range(layout.pp)
+            for t in range(layout.tp)
+        },
         f"TP{layout.tp} PP{layout.pp}{_stages(num_chunks)} as a tree of Megatron-LLM: weights",
         plan.num_bytes,
         lambda on_bytes: write_legacy_tree(plan, target.root, on_bytes=on_bytes),
@@ -112,6 +119,12 @@ SAVERS: Mapping[str, Callable[[Source, Target], Conversion]] = {
     "hf": to_hugging_face,
     "megatron_legacy": to_megatron_legacy,
 }
+
+
+def _legacy_rank_bytes(plan: LegacyTreePlan, pipeline_rank: int) -> int:
+    """The tensors of a rank, alike on all tensor ranks; torch.save adds little to them."""
+    tensors = (tensor for chunk in plan.chunks(pipeline_rank) for tensor in plan.stored_as.tensors(chunk))
+    return sum(math.prod(held.local_shape(plan.layout.tp)) * plan.dtype(held).itemsize for held in tensors)
 
 
 def _stages(num_chunks: int) -> str:

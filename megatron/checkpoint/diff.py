@@ -68,9 +68,9 @@ class Difference:
             *_some([f"only in {other}: {name}" for name in self.missing[0]]),
             *_some([f"only in {one}: {name}" for name in self.missing[1]]),
             *_some([str(tensor) for tensor in self.tensors]),
-            f"{self.num_compared} tensors compared: {self.num_compared - len(self.tensors)} are equal bit by bit, "
-            f"{len(self.tensors)} differ; {len(self.missing[0]) + len(self.missing[1])} have no counterpart; "
-            f"{len(self.settings)} settings differ",
+            f"{self.num_compared} tensors compared: {self.num_compared - len(self.tensors)} equal bit by bit, "
+            f"{len(self.tensors)} different; without counterpart: {len(self.missing[0]) + len(self.missing[1])}; "
+            f"settings that differ: {len(self.settings)}",
         ]
 
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from checkpoint_samples import INFO, save_from_one_process
-from hf_folders import save_llama
+from hf_folders import save_llama, stored_tensors
 from megatron.core.layout import ParallelLayout
 from megatron.errors import CheckpointError, ConfigError
 
@@ -112,7 +112,7 @@ def test_diff_of_two_layouts_of_one_checkpoint_finds_nothing(tmp_path: Path, run
     save_from_one_process(tmp_path / "a", ParallelLayout(tp=2, pp=2))
     save_from_one_process(tmp_path / "b", ParallelLayout(tp=4, dp=2), by_rows=True)
     status, report = run("diff", tmp_path / "a", tmp_path / "b")
-    assert status == 0 and "0 differ; 0 have no counterpart; 0 settings differ" in report
+    assert status == 0 and "0 different; without counterpart: 0; settings that differ: 0" in report
 
 
 def test_diff_names_settings_and_tensors_that_differ(tmp_path: Path, run: Run) -> None:
@@ -133,6 +133,17 @@ def test_diff_of_a_checkpoint_and_its_hugging_face_model_compares_the_weights(tm
     run("--load_dir", tmp_path / "hf", "--save_dir", tmp_path / "native", "--target_tensor_parallel_size", 2)
     status, report = run("diff", tmp_path / "native", tmp_path / "hf")
     assert status == 0 and "one of them is weights only" in report
+
+
+def test_weights_that_do_not_say_what_they_are_are_read_with_the_config_that_is_given(tmp_path: Path, run: Run) -> None:
+    save_llama(tmp_path / "hf")
+    (tmp_path / "weights").mkdir()
+    torch.save(stored_tensors(tmp_path / "hf"), tmp_path / "weights" / "model.pt")
+    given = ("--load_dir", tmp_path / "weights" / "model.pt", "--config", tmp_path / "hf" / "config.json")
+    run(*given, "--save_dir", tmp_path / "native", "--target_pipeline_parallel_size", 2)
+    assert run("diff", tmp_path / "native", tmp_path / "hf")[0] == 0
+    with pytest.raises(ConfigError, match="native describes its model itself, or is no checkpoint; drop --config"):
+        run("show", tmp_path / "native", "--config", tmp_path / "hf")
 
 
 def test_an_option_that_does_not_exist_is_named_with_its_command(tmp_path: Path, run: Run) -> None:
