@@ -5,9 +5,11 @@ per document. The files are byte for byte those of Megatron-LM and Megatron-LLM 
 """
 
 import contextlib
+import errno
 import hashlib
 import os
 from array import array
+from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
@@ -33,6 +35,9 @@ from megatron.errors import DataError
 _FINGERPRINT_BLOCKS = 64
 _FINGERPRINT_BLOCK_BYTES = 4096
 _WRITE_BUFFER_BYTES = 1 << 20
+_COPY_BYTES = 1 << 26
+# What file systems answer between which, or at all, the kernel cannot copy.
+_NO_KERNEL_COPY = (errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP)
 
 
 def best_dtype(vocab_size: int) -> np.dtype:
@@ -151,9 +156,11 @@ class IndexedDatasetWriter:
 
     Everything goes to temporary names first. Leaving the ``with`` block finalizes, an exception in it removes the
     temporary files. Memory: 4 bytes a sequence and 8 bytes a document.
+
+    Without `has_documents` the document index is only [0], as in instruction data: every sequence stands for itself.
     """
 
-    def __init__(self, prefix: str | os.PathLike[str], dtype: npt.DTypeLike):
+    def __init__(self, prefix: str | os.PathLike[str], dtype: npt.DTypeLike, *, has_documents: bool = True):
         self.prefix = strip_suffix(prefix)
         self.dtype = np.dtype(dtype).newbyteorder("<")
         if self.dtype.name not in DTYPE_CODES:
@@ -165,6 +172,7 @@ class IndexedDatasetWriter:
         self._idx_tmp = Path(f"{self.prefix}.idx.{os.getpid()}.tmp")
         self._lengths = array("i")
         self._boundaries = array("q", [0])
+        self._has_documents = has_documents
         self._closed = False
         try:
             self.prefix.parent.mkdir(parents=True, exist_ok=True)
@@ -202,9 +210,31 @@ class IndexedDatasetWriter:
         self._lengths.extend(counts)
         self.end_document()
 
+    def add_dataset(self, indexed: IndexedDataset, on_bytes: Callable[[int], object] = lambda _: None) -> None:
+        """Append all of another dataset of the same dtype, its documents included, at the speed of a copy.
+
+        `on_bytes` hears of the bytes of tokens as they are copied.
+        """
+        if indexed.dtype != self.dtype:
+            raise DataError(
+                f"{indexed.prefix}: holds {indexed.dtype.name}, and {self.prefix} is written in {self.dtype.name}; "
+                "tokenize all of the text with one tokenizer."
+            )
+        first = len(self._lengths)
+        try:
+            self._bin.flush()
+            with open(f"{indexed.prefix}.bin", "rb") as source:
+                _copy(source, self._bin, on_bytes)
+        except OSError as error:
+            self.abort()
+            raise self._cannot_write(error) from error
+        for start in range(0, len(indexed), CHUNK_SEQUENCES):
+            self._lengths.frombytes(indexed.sequence_lengths[start : start + CHUNK_SEQUENCES].astype("i4").tobytes())
+        self._boundaries.frombytes((indexed.document_indices[1:] + first).astype("i8").tobytes())
+
     def finalize(self) -> None:
         """Make both files durable and give them their final names; the .idx file comes last and completes the pair."""
-        if self._boundaries[-1] != len(self._lengths):
+        if self._has_documents and self._boundaries[-1] != len(self._lengths):
             raise DataError(
                 f"{self.prefix}: the last {len(self._lengths) - self._boundaries[-1]} sequences belong to no document; "
                 f"call end_document() before finalize()."
@@ -297,6 +327,20 @@ class IndexedDatasetWriter:
             f"{self.prefix}: cannot be written ({error.strerror}); nothing was left under this name. "
             f"Choose a folder that exists, is writable and has space."
         )
+
+
+def _copy(source: IO[bytes], target: IO[bytes], on_bytes: Callable[[int], object]) -> None:
+    """Appends a file, inside the kernel where that can be done."""
+    try:
+        while copied := os.copy_file_range(source.fileno(), target.fileno(), _COPY_BYTES):
+            on_bytes(copied)
+    except OSError as error:
+        if error.errno not in _NO_KERNEL_COPY:
+            raise
+        target.seek(0, os.SEEK_END)
+        while chunk := source.read(_WRITE_BUFFER_BYTES):
+            target.write(chunk)
+            on_bytes(len(chunk))
 
 
 def _sync_and_close(file: IO[bytes]) -> None:
