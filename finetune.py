@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from megatron.checkpoint.opening import open_source
+from megatron.checkpoint.opening import is_checkpoint, open_source
 from megatron.checkpoint.source import Source
 from megatron.cli import run_and_leave
 from megatron.config import TypedFlags, check_trainable, checkpoint_arguments, parse_run, resolve, resolve_tokenizer
@@ -49,7 +49,8 @@ def open_load(typed: TypedFlags) -> Source | None:
 
 
 def _holds_nothing(folder: Path) -> bool:
-    return not any(folder.glob("iter_*")) and not (folder / "config.json").exists()
+    """No checkpoint of any kind, and no trace of one: where a run has lost its own, it must not begin anew unasked."""
+    return not any(folder.glob("iter_*")) and not is_checkpoint(folder)
 
 
 if __name__ == "__main__":

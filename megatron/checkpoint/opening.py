@@ -59,6 +59,11 @@ def open_source(path: Path, iteration: int | None = None) -> Source:
     )
 
 
+def is_checkpoint(path: Path) -> bool:
+    """Whether `path` looks like a checkpoint in any format; opening it may still find it damaged."""
+    return any(known.recognises(path) for known in FORMATS)
+
+
 def open_checkpoint(path: Path, world: Axis, iteration: int | None = None) -> Source:
     """`open_source` on every rank; all raise if one cannot open it (its host does not see the folder, say)."""
     return on_every_rank(world, lambda: open_source(path, iteration))

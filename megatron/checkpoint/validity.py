@@ -49,6 +49,12 @@ def newest_valid(root: Path, damaged: Mapping[Path, str]) -> NativeSource:
             continue
         if skipped:
             logger.warning("%s: loading iteration %d, because of %s", root, iteration, " | ".join(skipped))
+        elif iteration < (latest := max(list_folders(root))):
+            logger.warning(
+                "%s: loading iteration %d, which the tracker names, though there are later ones (up to %d): the run "
+                "went back, or was interrupted while saving; name another with --load_iters",
+                *(root, iteration, latest),
+            )
         return source
     raise CheckpointError(
         f"{root} holds no checkpoint that can be loaded: {' | '.join(skipped)} "

@@ -94,6 +94,7 @@ def _train(
         clip_grad=run.optimizer.clip_grad,
         seed=run.training.seed,
     )
+    saver = None if run.checkpoint.save is None else checkpoints.saver()
     log = MetricsLog(run, device=topology.device, is_main=topology.world.is_first, resumed_at=start.iteration or None)
     if topology.world.is_first:
         if run.checkpoint.save is not None:
@@ -103,7 +104,7 @@ def _train(
         )
         for note in _notes(datasets, source, start, run):
             log.message(f"note: {note}")
-    Trainer(run, topology, step, datasets, checkpoints, log).fit(start)
+    Trainer(run, topology, step, datasets, checkpoints, saver, log).fit(start)
     log.close()
 
 

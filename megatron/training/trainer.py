@@ -17,13 +17,17 @@ from megatron.training.checkpointing import Progress, RunCheckpoints
 from megatron.training.datasets import NamedData, RunDatasets
 from megatron.training.forward import LossSums
 from megatron.training.metrics import EvaluationMetrics, StepClock
+from megatron.training.saving import Saver
 from megatron.training.signals import StopRequest, stop_on_sigterm
 from megatron.training.sinks import MetricsLog
 from megatron.training.step import TrainStep, totals
 
 
 class Trainer:
-    """Trains from where `progress` stands to the end of the run, or to a reason to leave before."""
+    """Trains from where `progress` stands to the end of the run, or to a reason to leave before.
+
+    Without a `saver` nothing is kept.
+    """
 
     def __init__(
         self,
@@ -32,11 +36,12 @@ class Trainer:
         step: TrainStep,
         datasets: RunDatasets,
         checkpoints: RunCheckpoints,
+        saver: Saver | None,
         log: MetricsLog,
     ):
         self.run, self.topology, self.step = run, topology, step
         self.datasets, self.checkpoints, self.log = datasets, checkpoints, log
-        self._saver = checkpoints.saver() if run.checkpoint.save is not None else None
+        self._saver = saver
         self._batching = {
             "micro_batch_size": run.training.micro_batch_size,
             "data_parallel_rank": topology.dp.rank,

@@ -95,10 +95,14 @@ def test_a_tracker_that_names_nothing_there_is_skipped(tmp_path: Path, caplog: p
     assert "because of iteration 30: iter_0000030/manifest.json does not exist" in caplog.messages[0]
 
 
-def test_a_run_that_went_back_falls_back_before_the_point_where_it_stands(tmp_path: Path) -> None:
+def test_a_run_that_went_back_falls_back_before_the_point_where_it_stands(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     """Saved 10 to 40, continued from 10 and saved 20 again: 30 and 40 are of the run that was given up."""
     save(tmp_path, 10, 20, 30, 40, 20)
     assert open_source(tmp_path).path == iteration_folder(tmp_path, 20)
+    (warning,) = caplog.messages
+    assert "loading iteration 20, which the tracker names, though there are later ones (up to 40)" in warning
     cut(iteration_folder(tmp_path, 20) / SHARD)
     assert open_source(tmp_path).path == iteration_folder(tmp_path, 10)
     cut(iteration_folder(tmp_path, 10) / SHARD)

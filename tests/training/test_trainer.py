@@ -31,11 +31,12 @@ from finetune_runs import (
     write_tokens,
 )
 from hf_folders import save_llama
-from megatron.checkpoint.locate import list_iterations
+from megatron.checkpoint.locate import TRACKER_FILE, list_iterations
 from megatron.checkpoint.opening import open_source
 from megatron.checkpoint.source import RunState
 from megatron.config import parse_run
 from megatron.data.loader import StepLoader
+from megatron.errors import CheckpointError
 from megatron.training.sinks import METRICS_FILE, read_metrics
 from rank_process import REPOSITORY
 
@@ -152,6 +153,10 @@ def test_a_run_that_saves_where_it_loads_starts_anew_only_while_there_is_nothing
     assert finetune.open_load(typed) is None
     folder.mkdir()
     assert finetune.open_load(typed) is None
+    (folder / TRACKER_FILE).write_text("7")
+    with pytest.raises(CheckpointError, match="iter_0000007/manifest.json does not exist. Restore the files, or start"):
+        finetune.open_load(typed)
+    (folder / TRACKER_FILE).unlink()
     save_llama(folder)
     assert finetune.open_load(typed) is not None
 
