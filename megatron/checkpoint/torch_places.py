@@ -20,9 +20,8 @@ from torch import Tensor
 from megatron.checkpoint.unpickle import read_record, read_torch_file
 from megatron.errors import DamagedCheckpointError
 
-# A record's own header ends with the lengths of its name and of the padding that follow.
+# A record's own header ends with the lengths of its name and of the padding that follow, two bytes each.
 _HEADER_BYTES: Final = 30
-_LENGTHS: Final = slice(26, 30)
 # torch.save aligns tensors so; an archive that another program packed again has its records anywhere.
 _ALIGNMENT: Final = 64
 _CHUNK_BYTES: Final = 2**20
@@ -97,8 +96,8 @@ def _stored_records(path: Path) -> dict[int, _Record]:
                 if record.filename.endswith("/byteorder") and read_record(archive, record).decode() != sys.byteorder:
                     return {}
                 file.seek(record.header_offset)
-                lengths = file.read(_HEADER_BYTES)[_LENGTHS]
-                skipped = int.from_bytes(lengths[:2], "little") + int.from_bytes(lengths[2:], "little")
+                header = file.read(_HEADER_BYTES)
+                skipped = int.from_bytes(header[-4:-2], "little") + int.from_bytes(header[-2:], "little")
                 position = record.header_offset + _HEADER_BYTES + skipped
                 is_packed = record.compress_type != zipfile.ZIP_STORED
                 if is_packed or ("/data/" in record.filename and position % _ALIGNMENT):
