@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Final
 
@@ -110,7 +111,7 @@ def _check_sequences(
         ends = position + np.cumsum(part.clip(0), dtype=np.int64) * itemsize
         starts = np.concatenate(([position], ends[:-1]))
         negative.add(start, part < 0, part)
-        misplaced.add(start, at != starts, at, lambda i, starts=starts: f", where byte {starts[i]} was expected")
+        misplaced.add(start, at != starts, at, partial(_expected, starts))
         beyond.add(start, ends > bin_bytes, ends, lambda _: f", beyond the {bin_bytes} of {bin_path.name}")
         num_empty += int(np.count_nonzero(part == 0))
         position = int(ends[-1])
@@ -147,13 +148,14 @@ def _check_tokens(indexed: IndexedDataset, vocab_size: int) -> Iterator[Finding]
     starts = indexed.sequence_lengths.astype(np.int64).cumsum() - indexed.sequence_lengths
     wrong = _Named("is")
 
-    def place(position: int) -> str:
+    def place(first: int, i: int) -> str:
+        position = first + i
         sequence = int(np.searchsorted(starts, position, side="right")) - 1
         return f" (sequence {sequence}, offset {position - int(starts[sequence])}), outside 0 to {vocab_size - 1}"
 
     for start in range(0, indexed.num_tokens, _TOKENS_AT_ONCE):
         tokens = indexed.tokens[start : start + _TOKENS_AT_ONCE].astype(np.int64)
-        wrong.add(start, (tokens < 0) | (tokens >= vocab_size), tokens, lambda i, start=start: place(start + i))
+        wrong.add(start, (tokens < 0) | (tokens >= vocab_size), tokens, partial(place, start))
     yield from wrong.findings(f"{indexed.prefix}.bin: token")
 
 
@@ -173,6 +175,10 @@ def _check_same_lengths(text: Path, role: Path) -> Iterator[Finding]:
         lambda i: f" tokens and {roles.sequence_lengths[i]} roles",
     )
     yield from differing.findings(f"{text}: sequence")
+
+
+def _expected(starts: np.ndarray, i: int) -> str:
+    return f", where byte {starts[i]} was expected"
 
 
 def _nothing(_: int) -> str:
