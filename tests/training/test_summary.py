@@ -11,6 +11,7 @@ import torch
 from megatron.config import RunConfig, parse_run, resolve
 from megatron.core.pipeline import one_f_one_b
 from megatron.data.gpt import GPTDataset
+from megatron.model.presets import preset
 from megatron.training.build import assign_layers
 from megatron.training.datasets import RunDatasets
 from megatron.training.memory import MemoryEstimate, estimate
@@ -226,3 +227,18 @@ def test_the_configuration_beside_the_checkpoints_gives_the_same_run(tmp_path: P
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["config.yaml"]
     again = resolve(parse_run([f"--config={tmp_path}/run/config.yaml"]), 4, tokenizer_vocab_size=1031)
     assert again == run
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        ({"model_name": "llama3", "size": "3.1-70"}, "llama3 3.1-70B, 70.6 B parameters"),
+        ({"model_name": "mistral", "size": "7-v0.3"}, "mistral 7-v0.3, 7.25 B parameters"),
+        ({"model_name": "bert", "size": "base"}, "bert base, 110 M parameters"),
+    ],
+)
+def test_a_size_is_named_as_it_was_published(flags, expected):
+    vocab_size = preset(flags["model_name"], flags["size"]).vocab_size
+    tokens = [f"--{name}={value}" for name, value in {**flags, "micro_batch_size": 1, "train_iters": 1}.items()]
+    run = resolve(parse_run([*tokens, "--lr=1e-3", "--data_path=/data"]), 1, tokenizer_vocab_size=vocab_size)
+    assert summary(run).splitlines()[0].startswith(f"model      {expected}: ")
