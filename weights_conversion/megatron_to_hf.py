@@ -25,6 +25,7 @@ from megatron.checkpoint.hf_export import (
     split_by_size,
     write_hf_folder,
 )
+from megatron.checkpoint.legacy import LegacySource
 from megatron.checkpoint.model_export import ModelExport, plan_model_export
 from megatron.checkpoint.opening import open_source
 from megatron.checkpoint.source import Source
@@ -42,7 +43,7 @@ def main(argv: list[str]) -> None:
     args = _parser().parse_args(argv)
     overrides = parse_overrides(args.override_special_tokens)
     check_output_folder(args.output_dir)
-    source = open_source(args.input_dir, args.load_iters)
+    source = _open(args)
     _check_model_name(source, args.model)
     tokenizer = tokenizer_of(source, path=args.vocab_file, additions=_additions(args))
     if tokenizer is None:
@@ -71,6 +72,11 @@ def _parser() -> ArgumentParser:
     )
     parser.add_argument("--dtype", choices=list(WEIGHT_DTYPES), help="dtype of the weights; default: as they are")
     parser.add_argument("--model", choices=MODEL_NAMES, help="family of models; checked against the checkpoint")
+    parser.add_argument(
+        "--rotary_halves",
+        action="store_true",
+        help="the input is a tree of Megatron-LLM from before its permute_qkv.py: queries and keys as in Hugging Face",
+    )
     parser.add_argument("--cache_dir", type=Path, help="not needed: nothing is downloaded for an export")
     _add_tokenizer_flags(
         parser.add_argument_group("tokenizer; by default the one that the checkpoint was trained with")
@@ -93,6 +99,12 @@ def _add_tokenizer_flags(group: argparse._ArgumentGroup) -> None:
         metavar="ROLE=TOKEN",
         help='give bos, cls, eos, mask, pad, sep or unk another token: eos="<|im_end|>" pad="<PAD>"',
     )
+
+
+def _open(args: argparse.Namespace) -> Source:
+    if args.rotary_halves:
+        return LegacySource(args.input_dir, args.load_iters, rotary_pairs=False)
+    return open_source(args.input_dir, args.load_iters)
 
 
 def _num_bytes(text: str) -> int:

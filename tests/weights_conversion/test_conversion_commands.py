@@ -14,11 +14,12 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
+import legacy_trees
 from hf_folders import edit_json, loaded_config, save_llama, stored_tensors
 from megatron.checkpoint.hf import HuggingFaceSource
 from megatron.checkpoint.manager import save
-from megatron.checkpoint.named_tensors import logical_shapes
 from megatron.checkpoint.opening import open_source
+from megatron.checkpoint.placement import logical_shapes
 from megatron.checkpoint.source import CheckpointInfo, LocalTensor, RunState
 from megatron.core.sharding import Block, ShardSpec
 from megatron.core.topology import Axis
@@ -392,6 +393,17 @@ def run_folder(tmp_path) -> Path:
     write_sentencepiece(root / "tokenizer")
     save_run(root, vocab_size=SENTENCEPIECE_PIECES + 8, config={"tokenizer": TOKENIZER_OF_A_RUN})
     return root
+
+
+def test_a_tree_of_megatron_llms_first_versions_needs_no_permute_qkv(exporter, tmp_path):
+    weights = legacy_trees.random_weights(legacy_trees.LLAMA)
+    tree = tmp_path / "tree"
+    legacy_trees.write_tree(tree, legacy_trees.LLAMA, weights, legacy_trees.Spelling(rotary_pairs=False))
+    exporter.main([f"--input_dir={tree}", f"--output_dir={tmp_path / 'hf'}", "--rotary_halves"])
+    stored = stored_tensors(tmp_path / "hf")
+    for part in "qk":
+        ours = stored[f"model.layers.1.self_attn.{part}_proj.weight"]
+        assert torch.equal(ours, weights[f"layers.1.attention.{part}.weight"])
 
 
 def test_both_commands_that_export_write_the_same_files(exporter, run_folder, tmp_path):
