@@ -32,9 +32,9 @@ def cut(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-1])
 
 
-def flip(path: Path, position: int) -> None:
+def flip(path: Path, position: int, bit: int = 8) -> None:
     content = bytearray(path.read_bytes())
-    content[position] ^= 8
+    content[position] ^= bit
     path.write_bytes(content)
 
 
@@ -86,6 +86,16 @@ def test_without_a_tracker_that_can_be_read_the_newest_is_taken(
     (warning,) = caplog.messages
     assert "loading iteration 20, because of the tracker: " in warning
     assert ("cannot be read (No such file" if content is None else "which is not an iteration") in warning
+
+
+@pytest.mark.parametrize("bit", range(16))
+def test_any_bit_of_the_tracker_may_flip(tmp_path: Path, bit: int, caplog: pytest.LogCaptureFixture) -> None:
+    """Of the two bytes of "20": what comes out is no number, or none of an iteration that is there."""
+    save(tmp_path, 10, 20)
+    flip(tmp_path / TRACKER_FILE, bit // 8, bit=1 << bit % 8)
+    assert open_source(tmp_path).path == iteration_folder(tmp_path, 20)
+    (warning,) = caplog.messages
+    assert "loading iteration 20, because of " in warning
 
 
 def test_a_tracker_that_names_nothing_there_is_skipped(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
