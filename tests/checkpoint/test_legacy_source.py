@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+import os
 import random
 import re
 import shutil
@@ -361,6 +362,23 @@ def test_a_tree_that_is_not_whole_is_named_with_what_is_wrong(tmp_path, damage, 
     with pytest.raises(CheckpointError, match=re.escape(message)) as raised:
         open_source(tmp_path)
     assert str(tmp_path) in str(raised.value)
+
+
+class RunsAProgram:
+    def __init__(self, canary: Path):
+        self.canary = canary
+
+    def __reduce__(self) -> tuple[Any, tuple[str]]:
+        return os.system, (f"touch {self.canary}",)
+
+
+@pytest.mark.parametrize("rank", ["mp_rank_00_000", "mp_rank_01_001"])
+def test_a_tree_that_runs_a_program_is_refused_and_nothing_is_executed(tmp_path, rank):
+    write_tree(tmp_path, LLAMA, random_weights(LLAMA), Spelling(tp=2, pp=2))
+    edit(rank_file(tmp_path, rank), lambda s: s.update(rng_state=RunsAProgram(tmp_path / "canary")))
+    with pytest.raises(CheckpointError, match=rf"{rank}/model_optim_rng.pt names posix.system, .*Nothing was executed"):
+        open_source(tmp_path)
+    assert not (tmp_path / "canary").exists()
 
 
 def test_no_flipped_bit_goes_unnoticed_or_breaks_anything(tmp_path):

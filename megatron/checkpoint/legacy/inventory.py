@@ -6,7 +6,7 @@ from argparse import Namespace
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 import torch
 
@@ -23,10 +23,8 @@ from megatron.checkpoint.legacy.optimizer import (
 from megatron.checkpoint.legacy.tensors import Chunk, Part, StoredTensor, TreeModel
 from megatron.checkpoint.legacy.tree import DISTRIBUTED_FILE, Tree, chunks_of, read_rank
 from megatron.checkpoint.source import MODEL
-from megatron.errors import CheckpointError
+from megatron.errors import CheckpointError, listed
 from megatron.model.config import ModelConfig
-
-_MAX_LISTED: Final = 8
 
 
 @dataclass(frozen=True)
@@ -114,10 +112,9 @@ class Inventory:
                             place = Place(kind, pipeline_rank, number, stored, part, shape, dtype)
                             places[f"{kind}.{part.name}"] = place
         if problems:
-            more = f"; and {len(problems) - _MAX_LISTED} more" if len(problems) > _MAX_LISTED else ""
             raise CheckpointError(
                 f"{self.tree.folder} does not hold the model that its args describe: "
-                f"{'; '.join(problems[:_MAX_LISTED])}{more}. Copy the whole folder again."
+                f"{listed(problems)}. Copy the whole folder again."
             )
         return places
 

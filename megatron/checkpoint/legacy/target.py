@@ -85,6 +85,7 @@ def plan_legacy_tree(
     unless the source holds all of it.
     """
     model = source.model_config()
+    _check_decoder(source.path, model)
     _check_layout(model, layout, num_chunks)
     multiple = vocabulary_multiple * layout.tp
     padded = -(-model.vocab_size // multiple) * multiple
@@ -93,6 +94,14 @@ def plan_legacy_tree(
     plan = LegacyTreePlan(source, layout, num_chunks, stored_as, vocabulary_multiple, weights_dtype, name)
     _check_complete(plan)
     return plan
+
+
+def _check_decoder(path: Path, model: ModelConfig) -> None:
+    if model.bidirectional or model.use_post_ln or model.num_token_types:
+        raise CheckpointError(
+            f"{path} holds a BERT, or norms after its blocks, and a tree holds a decoder with norms before them: the "
+            "BERT of Megatron-LM is another model; use --saver megatron or hf."
+        )
 
 
 def _check_layout(model: ModelConfig, layout: ParallelLayout, num_chunks: int) -> None:

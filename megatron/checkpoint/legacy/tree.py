@@ -13,7 +13,7 @@ from torch import Tensor
 from megatron.checkpoint.legacy.keys import flat_tensors
 from megatron.checkpoint.locate import TRACKER_FILE, iteration_folder
 from megatron.checkpoint.unpickle import read_torch_file
-from megatron.errors import CheckpointError
+from megatron.errors import CheckpointError, listed
 
 RELEASE: Final = "release"
 # That of runs which kept the optimizer's state in files of its own.
@@ -23,7 +23,6 @@ MODEL_FILES: Final = ("model_optim_rng.pt", DISTRIBUTED_FILE)
 TOKENIZER_FILE: Final = "tokenizer.model"
 
 _RANK_NAME: Final = re.compile(r"mp_rank_(\d{2,})(?:_(\d{3,}))?")
-_MAX_LISTED: Final = 8
 
 
 @dataclass(frozen=True)
@@ -49,13 +48,13 @@ class Tree:
         if absent:
             raise CheckpointError(
                 f"{self.folder} was saved by {tp or self.tp} tensor and {pp or self.pp} pipeline ranks, and "
-                f"{_listed(absent)} {'is' if len(absent) == 1 else 'are'} missing; copy the whole folder again."
+                f"{listed(absent, ', ')} {'is' if len(absent) == 1 else 'are'} missing; copy the whole folder again."
             )
         extra = [self.files[rank].parent.name for rank in sorted(self.files.keys() - ranks)]
         if extra:
             raise CheckpointError(
                 f"{self.folder} was saved by {tp or self.tp} tensor and {pp or self.pp} pipeline ranks, and holds "
-                f"{_listed(extra)} besides; remove what is left of another checkpoint."
+                f"{listed(extra, ', ')} besides; remove what is left of another checkpoint."
             )
 
 
@@ -81,7 +80,7 @@ def find_tree(path: Path, iteration: int | None = None) -> Tree:
         found = sorted({f.parent.parent.name for file in MODEL_FILES for f in path.glob(f"*/mp_rank_*/{file}")})
         raise CheckpointError(
             f"{path / name} holds no mp_rank_XX/{MODEL_FILES[0]}, but {named_by}; choose one with --load_iters: "
-            f"found {_listed(found) or 'none'}."
+            f"found {listed(found, ', ') or 'none'}."
         )
     return Tree(path / name, _iteration_of(name), files)
 
@@ -145,8 +144,3 @@ def _folder_name(root: Path, iteration: int) -> str:
 def _iteration_of(name: str) -> int | None:
     match = re.fullmatch(r"iter_(\d+)", name)
     return int(match[1]) if match else None
-
-
-def _listed(names: list[str]) -> str:
-    more = f" and {len(names) - _MAX_LISTED} more" if len(names) > _MAX_LISTED else ""
-    return ", ".join(names[:_MAX_LISTED]) + more
