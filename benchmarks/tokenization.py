@@ -25,8 +25,6 @@ from typing import Final
 
 from benchmarks.pairs import interval_of_median
 from megatron.data.documents import read_texts
-from megatron.tokenizer import Tokenizer, TokenizerConfig, build_tokenizer
-from megatron.tokenizer.library import LibraryTokenizer
 
 REPOSITORY: Final = Path(__file__).parent.parent
 # What the project asks of itself: MB/s with gigatoken, the share of the library's rate without, and seconds to start.
@@ -37,7 +35,7 @@ START_UP_BAR_S: Final = 1.0
 
 @dataclass(frozen=True)
 class Run:
-    """One run over `num_bytes` of text (JSON included on our side): seconds, CPU seconds, and those of start-up."""
+    """One run over a file of `num_bytes`: seconds and CPU seconds, and the seconds of start-up."""
 
     num_bytes: int
     seconds: float
@@ -61,12 +59,11 @@ def main(argv: list[str]) -> None:
         sample = _first(texts, int(options.reference_mb * 1e6))
         part = Path(folder, "part.jsonl")
         part.write_text("".join(json.dumps({"text": text}) + "\n" for text in sample))
-        tokenizer = build_tokenizer(TokenizerConfig(tokenizer_model=options.tokenizer_model))
         fast, ours, peer = [], [], []
         for pair in range(options.pairs):
             fast.append(_run_tool(options, Path(options.input), folder, "gigatoken"))
             sides = [lambda: ours.append(_run_tool(options, part, folder, "reference"))]
-            sides.append(lambda: peer.append(_run_library(tokenizer, sample, options.workers)))
+            sides.append(lambda: peer.append(_run_library(options, part)))
             for side in sides if pair % 2 else reversed(sides):
                 side()
     _show(f"with gigatoken, {fast[0].num_bytes / 1e6:.1f} MB", fast)
@@ -120,16 +117,11 @@ def _run_tool(options: argparse.Namespace, file: Path, folder: str, backend: str
     return Run(file.stat().st_size, seconds, cpu_s, wall_s - seconds)
 
 
-def _run_library(tokenizer: Tokenizer, texts: list[str], num_threads: int) -> Run:
-    """The fastest call that the library offers for many texts. `tokenizers` takes every core there is."""
-    os.environ["TOKENIZERS_PARALLELISM"] = "true"
-    start, start_cpu = time.perf_counter(), time.process_time()
-    if isinstance(tokenizer, LibraryTokenizer):
-        tokenizer.library.encode_batch_fast(texts, add_special_tokens=False)
-    else:
-        tokenizer.library.encode(texts, num_threads=num_threads)  # type: ignore[attr-defined]
-    num_bytes = sum(len(text.encode()) for text in texts)
-    return Run(num_bytes, time.perf_counter() - start, time.process_time() - start_cpu)
+def _run_library(options: argparse.Namespace, file: Path) -> Run:
+    command = [sys.executable, "-m", "benchmarks.tokenizer_library", str(file), options.tokenizer_model]
+    done = subprocess.run([*command, str(options.workers)], cwd=REPOSITORY, capture_output=True, text=True, check=True)
+    seconds, cpu_s = map(float, done.stdout.split())
+    return Run(file.stat().st_size, seconds, cpu_s)
 
 
 def _children_cpu_s() -> float:

@@ -249,12 +249,14 @@ def _parse_json_line(raw: bytes, path: Path, line: int, keys: Sequence[str]) -> 
         raise DataError(
             f"{path}:{line}: a {type(value).__name__}, not a JSON object; write it as {{{keys[0]!r}: ...}}."
         )
+    texts = tuple(_text_under(value, key, path, line) for key in keys)
     # Only an escape can make half a surrogate pair: the decoder refuses one that is spelled out.
-    has_escapes = b"\\u" in raw
-    return tuple(_text_under(value, key, path, line, has_escapes) for key in keys)
+    if not all(map(str.isascii, texts)) and b"\\u" in raw:
+        _refuse_surrogates(keys, texts, path, line)
+    return texts
 
 
-def _text_under(record: dict[str, object], key: str, path: Path, line: int, has_escapes: bool) -> str:
+def _text_under(record: dict[str, object], key: str, path: Path, line: int) -> str:
     if key not in record:
         raise DataError(
             f"{path}:{line}: no key {key!r}, the object has {', '.join(map(repr, record)) or 'none'}; "
@@ -265,7 +267,11 @@ def _text_under(record: dict[str, object], key: str, path: Path, line: int, has_
         raise DataError(
             f"{path}:{line}: {key!r} holds a {type(text).__name__}, not a string; --json_keys names text only."
         )
-    if has_escapes and not text.isascii():
+    return text
+
+
+def _refuse_surrogates(keys: Sequence[str], texts: Sequence[str], path: Path, line: int) -> None:
+    for key, text in zip(keys, texts, strict=True):
         try:
             text.encode("utf-8")
         except UnicodeEncodeError as error:
@@ -273,7 +279,6 @@ def _text_under(record: dict[str, object], key: str, path: Path, line: int, has_
                 f"{path}:{line}: {key!r} holds half a surrogate pair ({text[error.start]!a}), which no text contains; "
                 "repair or remove the line."
             ) from error
-    return text
 
 
 def _without_outer_blank_lines(text: str) -> str:

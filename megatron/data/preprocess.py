@@ -27,8 +27,9 @@ from megatron.errors import ConfigError, DataError, TokenizerError
 from megatron.tokenizer.gigatoken import FastTokenizerMismatch, FastTokenizerUnavailable, GigatokenEncoder
 from megatron.tokenizer.protocol import TokenArray, Tokenizer
 
-# A few milliseconds of work with the fastest tokenizer, a fifth of a second with the slowest.
-MAX_CHUNK_BYTES = 256 * 1024
+# A chunk is work for a few hundredths of a second, so that no thread is left alone with a long last one: of a
+# tokenizer's own library, of gigatoken text by text, and of gigatoken in whole batches, which it cuts up itself.
+REFERENCE_CHUNK_BYTES, FAST_CHUNK_BYTES, BULK_CHUNK_BYTES = 64 * 1024, 256 * 1024, 1024 * 1024
 # Text that is read while one long document is tokenized, so that the other threads have work meanwhile.
 MAX_BYTES_AHEAD = 64 * 1024 * 1024
 # With less input, what gigatoken needs to compute whole batches takes longer to load than it saves.
@@ -149,9 +150,10 @@ class _Job:
         progress = start.progress
         self.tell.progress(progress)
         work = self._chunk_encoder(self._reference_batch if fast is None else fast.encode_batch)
-        chunks = self._chunks(MAX_CHUNK_BYTES, start.position)
+        chunk_bytes = _chunk_bytes(fast)
+        chunks = self._chunks(chunk_bytes, start.position)
         threads = self.config.num_threads
-        ahead = max(MAX_BYTES_AHEAD, 4 * threads * MAX_CHUNK_BYTES)
+        ahead = max(MAX_BYTES_AHEAD, 4 * threads * chunk_bytes)
         with closing(map_in_order(work, chunks, threads, max_ahead=ahead, weigh=lambda c: c.num_bytes)) as results:
             for result in results:
                 for error in result.errors:
@@ -200,6 +202,12 @@ class _Job:
         first = next(self._chunks(SAMPLE_BYTES, Position()), None)
         documents = parse_chunk(first, self.keys, on_bad=lambda error: None) if first is not None else []
         return [text for document in documents for text in document.texts]
+
+
+def _chunk_bytes(fast: GigatokenEncoder | None) -> int:
+    if fast is None:
+        return REFERENCE_CHUNK_BYTES
+    return BULK_CHUNK_BYTES if fast.in_bulk else FAST_CHUNK_BYTES
 
 
 def _advance(progress: Progress, result: EncodedChunk) -> Progress:

@@ -23,8 +23,10 @@ if TYPE_CHECKING:
     import gigatoken
 
 CHECKED_ONE_IN = 1000
-# Of a longer text, windows are compared, since a single one could take the tokenizer itself hours.
+# No more of one text, which alone could take the tokenizer itself hours.
 CHECKED_CHARACTERS = 1 << 14
+# Of every text this long a thousandth is compared, somewhere in it.
+LONG_CHARACTERS = 1 << 16
 
 # What tokenizers are known to disagree about: blanks, digits, contractions, scripts, marks, controls, bytes.
 SAMPLE = (
@@ -65,7 +67,7 @@ class GigatokenEncoder:
         self._reference = reference
         self._fast = _load(reference)
         self._literals = _LiteralFinder(reference.literals)
-        self._in_bulk = in_bulk
+        self.in_bulk = in_bulk
         try:
             for text in (*SAMPLE, *sample):
                 self._compare(text)
@@ -82,7 +84,7 @@ class GigatokenEncoder:
         for index in range(-seed % CHECKED_ONE_IN, len(texts), CHECKED_ONE_IN):
             self._compare(texts[index])
         for index, text in enumerate(texts):
-            if len(text) > CHECKED_CHARACTERS:
+            if len(text) >= LONG_CHARACTERS:
                 self._compare(_window(text, seed + index))
         return [next(slow_ids) if is_slow else next(fast_ids) for is_slow in slow]
 
@@ -90,7 +92,7 @@ class GigatokenEncoder:
         if not texts:
             return []
         try:
-            if not self._in_bulk:
+            if not self.in_bulk:
                 return [self._fast.encode(text).view(np.int32) for text in texts]
             rows = self._fast.encode_batch(texts, parallel=True).layout
         except BaseException as error:  # a panic of Rust code is no Exception
@@ -139,7 +141,7 @@ def _refuse_what_no_comparison_shows(library: tokenizers.Tokenizer) -> None:
 
 def _window(text: str, seed: int) -> str:
     """A thousandth of a long text, somewhere in it."""
-    length = min(max(len(text) // CHECKED_ONE_IN, 64), CHECKED_CHARACTERS)
+    length = min(len(text) // CHECKED_ONE_IN, CHECKED_CHARACTERS)
     start = zlib.crc32(seed.to_bytes(8, "little")) % (len(text) - length)
     return text[start : start + length]
 
