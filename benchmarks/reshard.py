@@ -27,9 +27,9 @@ from benchmarks.reshard_tasks import INPUTS, LAYOUTS, TASKS, save_classic, split
 from benchmarks.worker import hardware_name
 from megatron.checkpoint.conversion import Target, to_hugging_face, to_megatron
 from megatron.checkpoint.diff import compare
-from megatron.checkpoint.hf import logical_shapes
 from megatron.checkpoint.manager import save
 from megatron.checkpoint.opening import open_source
+from megatron.checkpoint.placement import logical_shapes
 from megatron.checkpoint.source import CheckpointInfo, LocalTensor, RunState
 from megatron.core.layout import ParallelLayout
 from megatron.core.sharding import Region

@@ -1,5 +1,14 @@
 """The errors a user can cause. Each message states the value, the reason and the remedy."""
 
+from collections.abc import Iterable
+
+
+def listed(items: Iterable[str], separator: str = "; ", most: int = 8) -> str:
+    """The first of many things for a message, and how many more there are."""
+    items = list(items)
+    more = [f"and {len(items) - most} more"] if len(items) > most else []
+    return separator.join([*items[:most], *more])
+
 
 class MegatronError(Exception):
     """Base of every error that ends a command with one line instead of a traceback.

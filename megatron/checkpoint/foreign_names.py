@@ -16,8 +16,8 @@ from torch import Tensor
 
 from megatron.checkpoint.hf_family import Family
 from megatron.checkpoint.hf_tensors import StoredTensor, stored_tensors
-from megatron.checkpoint.named_tensors import NamedTensors, Renamed, check_holds, listed
-from megatron.errors import CheckpointError
+from megatron.checkpoint.named_tensors import NamedTensors, Renamed, check_holds
+from megatron.errors import CheckpointError, listed
 from megatron.model.config import ModelConfig
 
 _WRAPPERS: Final = re.compile(r"(?<![^.])(_orig_mod|_checkpoint_wrapped_module|_fsdp_wrapped_module)\.")

@@ -18,15 +18,13 @@ from torch import Tensor
 from megatron.checkpoint.container import DTYPES
 from megatron.checkpoint.hf_config import family_of, model_config_from_hf
 from megatron.checkpoint.hf_family import Family
-from megatron.checkpoint.hf_files import FileTensor, WeightFiles, listed, read_json
+from megatron.checkpoint.hf_files import FileTensor, WeightFiles, read_json
 from megatron.checkpoint.hf_rules import LLAMA
 from megatron.checkpoint.hf_tensors import StoredTensor, stored_tensors
+from megatron.checkpoint.placement import logical_shapes
 from megatron.checkpoint.source import MODEL, RunState, Source, TokenizerIdentity
-from megatron.core.tensor_parallel import shard_specs
-from megatron.core.topology import Axis
-from megatron.errors import CheckpointError
+from megatron.errors import CheckpointError, listed
 from megatron.model.config import ModelConfig
-from megatron.model.stage import Stage, StageOptions
 
 CONFIG_FILE: Final = "config.json"
 GENERATION_FILE: Final = "generation_config.json"
@@ -149,16 +147,6 @@ class HuggingFaceSource:
         origin = (0,) * len(columns)
         parts = (((row, *origin), (min(step, num_rows - row), *columns)) for row in range(0, num_rows, step))
         return all(torch.equal(self._files.read(a.name, *part), self._files.read(b.name, *part)) for part in parts)
-
-
-def logical_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every logical tensor of a model, as the model itself declares them, first layer first."""
-    options = StageOptions(padded_vocab_size=config.vocab_size)
-    with torch.device("meta"):
-        model = Stage(
-            config, range(config.num_layers), is_first=True, is_last=True, axis=Axis("serial"), options=options
-        )
-    return {block.name: block.global_shape for spec in shard_specs(model).values() for block in spec.blocks}
 
 
 def carried_files(source: Source) -> dict[str, dict[str, Any]]:

@@ -21,10 +21,11 @@ import torch
 from torch import Tensor
 
 from megatron.checkpoint.container import LENGTH_BYTES, build_header, bytes_of
-from megatron.checkpoint.hf import CARRIED_FILES, CONFIG_FILE, carried_files, logical_shapes
+from megatron.checkpoint.hf import CARRIED_FILES, CONFIG_FILE, carried_files
 from megatron.checkpoint.hf_config import family_of, hf_config
 from megatron.checkpoint.hf_files import INDEX_FILE, WEIGHTS_FILE
 from megatron.checkpoint.hf_tensors import StoredTensor, stored_tensors
+from megatron.checkpoint.placement import logical_shapes
 from megatron.checkpoint.source import MODEL, Source
 from megatron.errors import CheckpointError, ConfigError
 

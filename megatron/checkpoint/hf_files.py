@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import math
 import zipfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from megatron.checkpoint.container import DTYPE_NAMES, DTYPES
 from megatron.checkpoint.torch_files import TorchFile
-from megatron.errors import CheckpointError
+from megatron.errors import CheckpointError, listed
 
 WEIGHTS_FILE: Final = "model.safetensors"
 INDEX_FILE: Final = "model.safetensors.index.json"
@@ -27,7 +27,6 @@ PICKLED_FILE: Final = "pytorch_model.bin"
 PICKLED_INDEX_FILE: Final = "pytorch_model.bin.index.json"
 
 _PICKLED: Final = ".bin"
-_MAX_LISTED = 8
 # The pages of a mapped file that were touched count as memory of this process until it is opened anew.
 _MAX_MAPPED_BYTES = 64 * 2**20
 _MAX_SPANNED_BYTES = 16 * 2**20
@@ -105,13 +104,6 @@ def read_json(file: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise CheckpointError(f"{file} holds no JSON object; download it again.")
     return content
-
-
-def listed(items: Iterable[str]) -> str:
-    """The first of many things, and how many more there are."""
-    items = list(items)
-    more = f"; and {len(items) - _MAX_LISTED} more" if len(items) > _MAX_LISTED else ""
-    return "; ".join(items[:_MAX_LISTED]) + more
 
 
 def _open_weights(path: Path) -> dict[str, FileTensor]:

@@ -17,12 +17,12 @@ from torch import Tensor
 from megatron.checkpoint.foreign_names import is_repeated
 from megatron.checkpoint.meta_names import EMBEDDING, HEAD, IGNORED, MetaTensors
 from megatron.checkpoint.meta_params import PARAMS_FILE, model_config_from_params, read_params
-from megatron.checkpoint.named_tensors import listed, logical_shapes
+from megatron.checkpoint.placement import logical_shapes
 from megatron.checkpoint.plan import Rectangle, parts_of
 from megatron.checkpoint.source import MODEL, RunState, TokenizerIdentity
 from megatron.checkpoint.tokenizer_beside import tokenizer_beside
 from megatron.checkpoint.torch_files import TorchFile
-from megatron.errors import CheckpointError
+from megatron.errors import CheckpointError, listed
 from megatron.model.config import ModelConfig
 
 SHARD_PATTERN: Final = "consolidated.*.pth"

@@ -6,19 +6,14 @@ logical tensor each of them is. This file is what they agree on.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from megatron.checkpoint.placement import specs_of_rank
-from megatron.core.layout import ParallelLayout
-from megatron.errors import CheckpointError
-from megatron.model.config import ModelConfig
-
-_MAX_LISTED = 8
+from megatron.errors import CheckpointError, listed
 
 
 class NamedTensors(Protocol):
@@ -57,12 +52,6 @@ class Renamed:
         return self._stored.read(self._stored_names[name], start, size)
 
 
-def logical_shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every logical tensor of a model, as the model itself declares them."""
-    specs = specs_of_rank(model, ParallelLayout(), 0)
-    return {block.name: block.global_shape for spec in specs for block in spec.blocks}
-
-
 def check_holds(stored: NamedTensors, expected: Mapping[str, tuple[int, ...]], described_by: str) -> None:
     """Raises CheckpointError that lists what is missing, has another shape, has no place, or is no weight."""
     names = set(stored.names())
@@ -83,10 +72,3 @@ def check_holds(stored: NamedTensors, expected: Mapping[str, tuple[int, ...]], d
             f"{stored.path} does not hold the model that {described_by} describes: {listed(problems)}. "
             "Use a complete checkpoint and the description that belongs to it."
         )
-
-
-def listed(items: Iterable[str]) -> str:
-    """The first few of many, for a message."""
-    items = list(items)
-    more = f"; and {len(items) - _MAX_LISTED} more" if len(items) > _MAX_LISTED else ""
-    return "; ".join(items[:_MAX_LISTED]) + more

@@ -19,11 +19,9 @@ from megatron.checkpoint.source import Source
 from megatron.checkpoint.state_dict_source import StateDictSource, dcp_steps, open_dcp, open_torch_file
 from megatron.checkpoint.validity import newest_valid, open_checked
 from megatron.core.topology import Axis
-from megatron.errors import CheckpointError
+from megatron.errors import CheckpointError, listed
 
 logger = logging.getLogger(__name__)
-
-_MAX_LISTED = 8
 
 
 @dataclass(frozen=True)
@@ -53,10 +51,7 @@ def open_source(path: Path, iteration: int | None = None) -> Source:
     if not path.is_dir():
         raise CheckpointError(f"{path} is not a folder; {expected}.")
     names = sorted(entry.name for entry in path.iterdir())
-    more = f" and {len(names) - _MAX_LISTED} more" if len(names) > _MAX_LISTED else ""
-    raise CheckpointError(
-        f"{path} holds no checkpoint (found: {', '.join(names[:_MAX_LISTED]) or 'nothing'}{more}); {expected}."
-    )
+    raise CheckpointError(f"{path} holds no checkpoint (found: {listed(names, ', ') or 'nothing'}); {expected}.")
 
 
 def is_checkpoint(path: Path) -> bool:

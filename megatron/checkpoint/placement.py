@@ -75,3 +75,9 @@ def num_virtual_chunks(model: ModelConfig, layout: ParallelLayout, layers_per_st
             f"because they are not a multiple of {per_round}; choose another size."
         )
     return model.num_layers // per_round
+
+
+def logical_shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every logical tensor of a model, as the model itself declares them, first layer first."""
+    specs = specs_of_rank(model, ParallelLayout(), 0)
+    return {block.name: block.global_shape for spec in specs for block in spec.blocks}

@@ -23,9 +23,7 @@ from megatron.checkpoint.streaming import write_files
 from megatron.checkpoint.tokenizer_files import TOKENIZER_FOLDER, identity_of, tokenizer_files
 from megatron.core.layout import ParallelLayout
 from megatron.core.topology import Axis
-from megatron.errors import CheckpointError
-
-_MAX_LISTED = 8
+from megatron.errors import CheckpointError, listed
 
 
 @dataclass(frozen=True)
@@ -141,9 +139,7 @@ def _kinds(source: Source, shapes: Mapping[str, tuple[int, ...]]) -> tuple[str, 
         else:
             kinds.add(entry.removesuffix(f".{logical}"))
     if problems:
-        more = f"; and {len(problems) - _MAX_LISTED} more" if len(problems) > _MAX_LISTED else ""
         raise CheckpointError(
-            f"{source.path} does not hold the model it describes: {'; '.join(problems[:_MAX_LISTED])}{more}. "
-            "Use a complete checkpoint."
+            f"{source.path} does not hold the model it describes: {listed(problems)}. Use a complete checkpoint."
         )
     return tuple(sorted(kinds))

@@ -18,14 +18,13 @@ import torch
 from torch import Tensor
 
 from megatron.core.sharding import Region, fill
-from megatron.errors import CheckpointError
+from megatron.errors import CheckpointError, listed
 from megatron.model.config import ModelConfig
 
 JSON: TypeAlias = "bool | int | float | str | Sequence[JSON] | Mapping[str, JSON] | None"
 
 MODEL = "model"
 
-_MAX_LISTED = 8
 # What was read is still in the processor's cache when it is written, and allocations of this size reuse their pages.
 _CHUNK_BYTES = 4 * 2**20
 
@@ -155,9 +154,7 @@ def _check_fits(source: Source, tensors: Iterable[LocalTensor], *, narrow: bool)
             elif not narrow and torch.promote_types(source.dtype(name), local.tensor.dtype) != local.tensor.dtype:
                 wrong[name] = f"{name} is {source.dtype(name)} and would be rounded to {local.tensor.dtype}"
     if wrong:
-        listed = list(wrong.values())[:_MAX_LISTED]
-        more = f"; and {len(wrong) - len(listed)} more" if len(wrong) > len(listed) else ""
         raise CheckpointError(
-            f"{source.path} does not fit: {'; '.join(listed)}{more}. "
+            f"{source.path} does not fit: {listed(wrong.values())}. "
             "Load a checkpoint of this model, or with --finetune if only optimizer entries are missing."
         )

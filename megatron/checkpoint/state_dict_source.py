@@ -24,7 +24,8 @@ from megatron.checkpoint.hf_config import family_of, model_config_from_hf
 from megatron.checkpoint.hf_family import Family
 from megatron.checkpoint.meta_names import EMBEDDING, HEAD, IGNORED, MetaTensors
 from megatron.checkpoint.meta_params import model_config_from_params
-from megatron.checkpoint.named_tensors import NamedTensors, Renamed, logical_shapes
+from megatron.checkpoint.named_tensors import NamedTensors, Renamed
+from megatron.checkpoint.placement import logical_shapes
 from megatron.checkpoint.source import JSON, MODEL, RunState, TokenizerIdentity
 from megatron.checkpoint.tokenizer_beside import tokenizer_beside
 from megatron.checkpoint.torch_files import TorchFile

@@ -14,9 +14,8 @@ from torch import Tensor
 from megatron.checkpoint.container import StoredTensor, bytes_of, parse_header
 from megatron.checkpoint.manifest import FileRecord
 from megatron.checkpoint.plan import Rectangle
-from megatron.errors import DamagedCheckpointError
+from megatron.errors import DamagedCheckpointError, listed
 
-_MAX_LISTED = 4
 _REMEDY = "Restore the file or load another iteration with --load_iters."
 
 
@@ -121,8 +120,7 @@ class VerifiedFile:
         self._read_fully(first, out)
         if zlib.crc32(out) != self._record.block_crc32[block]:
             keys = self._tensors_in(block)
-            more = f" and {len(keys) - _MAX_LISTED} more" if len(keys) > _MAX_LISTED else ""
-            raise DamagedBlock(f"{self._describe(block)}; damaged: {', '.join(keys[:_MAX_LISTED])}{more}. {_REMEDY}")
+            raise DamagedBlock(f"{self._describe(block)}; damaged: {listed(keys, ', ', most=4)}. {_REMEDY}")
 
     def _describe(self, block: int) -> str:
         first = self._record.header_bytes + block * self._record.block_bytes

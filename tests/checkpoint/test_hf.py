@@ -10,11 +10,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from hf_folders import SIZES, VARIANTS, edit_json, save_llama, stored_tensors
-from megatron.checkpoint.hf import HuggingFaceSource, logical_shapes
+from megatron.checkpoint.hf import HuggingFaceSource
 from megatron.checkpoint.hf_family import module_and_layer
 from megatron.checkpoint.hf_files import INDEX_FILE, WeightFiles
 from megatron.checkpoint.hf_rules import LLAMA
 from megatron.checkpoint.opening import open_source
+from megatron.checkpoint.placement import logical_shapes
 from megatron.checkpoint.source import LocalTensor, load_tensors
 from megatron.core.sharding import Block, ShardSpec
 from megatron.errors import CheckpointError

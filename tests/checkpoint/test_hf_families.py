@@ -11,10 +11,11 @@ from torch import Tensor
 from hf_folders import FAMILIES, load_family, loaded_config, save_family, stored_tensors
 from megatron.checkpoint import hf_export
 from megatron.checkpoint.fused_qkv import grouped_qkv, split_rows
-from megatron.checkpoint.hf import HuggingFaceSource, logical_shapes
+from megatron.checkpoint.hf import HuggingFaceSource
 from megatron.checkpoint.hf_export import plan_export, split_by_size, write_hf_folder
 from megatron.checkpoint.importing import import_weights
 from megatron.checkpoint.opening import open_source
+from megatron.checkpoint.placement import logical_shapes
 from megatron.checkpoint.reshard import plan_resharding, reshard
 from megatron.checkpoint.source import Source
 from megatron.core.layout import ParallelLayout

@@ -16,7 +16,7 @@ from transformers import LlamaForCausalLM
 from hf_folders import VARIANTS, loaded_config, save_llama, stored_tensors
 from megatron.checkpoint import hf_export
 from megatron.checkpoint.fused_qkv import RowRun
-from megatron.checkpoint.hf import HuggingFaceSource, carried_files, logical_shapes
+from megatron.checkpoint.hf import HuggingFaceSource, carried_files
 from megatron.checkpoint.hf_export import (
     HuggingFaceTensor,
     plan_export,
@@ -28,6 +28,7 @@ from megatron.checkpoint.hf_tensors import StoredTensor
 from megatron.checkpoint.importing import import_weights
 from megatron.checkpoint.manager import save
 from megatron.checkpoint.opening import open_source
+from megatron.checkpoint.placement import logical_shapes
 from megatron.checkpoint.source import CheckpointInfo, LocalTensor, RunState, Source
 from megatron.core.sharding import Block, ShardSpec
 from megatron.core.topology import Axis

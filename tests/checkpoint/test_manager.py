@@ -279,7 +279,7 @@ def test_an_iteration_asked_of_a_folder_that_has_no_choice_is_an_error(checkpoin
 def test_a_folder_that_is_no_checkpoint_says_what_was_found_and_what_is_expected(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").touch()
     expect_error(tmp_path, "found: notes.txt", "manifest.json", "config.json")
-    expect_error(tmp_path / "nowhere", "is not a folder")
+    expect_error(tmp_path / "nowhere", "does not exist")
     with pytest.raises(CheckpointError, match=r"nowhere is not a folder; give one that a run saved to"):
         find_checkpoint(tmp_path / "nowhere")
 

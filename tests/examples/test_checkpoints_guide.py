@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron.checkpoint.hf import logical_shapes
 from megatron.checkpoint.manager import save
+from megatron.checkpoint.placement import logical_shapes
 from megatron.checkpoint.source import CheckpointInfo, LocalTensor, RunState
 from megatron.config import parse_run
 from megatron.core.sharding import Region
