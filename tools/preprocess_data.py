@@ -18,6 +18,8 @@ TOKENIZER = Owner("tokenizer", "tokenizer", TokenizerConfig)
 DOCUMENTS = Owner("preprocess", "documents", PreprocessConfig)
 # Of the lines that --on_error skip leaves out, so many are shown.
 MAX_SHOWN_ERRORS = 20
+# What a shell gives a command that ended by SIGINT.
+INTERRUPTED_STATUS = 130
 
 
 def main(argv: list[str]) -> None:
@@ -40,6 +42,8 @@ def main(argv: list[str]) -> None:
     tell = Listeners(progress=bar, bad=_BadLines(bar), backend=backends.append)
     try:
         result = preprocess_files(inputs, prefixes, tokenizer, config, tell=tell)
+    except KeyboardInterrupt:  # what is kept, and how to go on, has been said
+        raise SystemExit(INTERRUPTED_STATUS) from None
     finally:
         bar.close()
 

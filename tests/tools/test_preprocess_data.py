@@ -99,6 +99,18 @@ def test_an_interrupted_run_goes_on_with_resume(tmp_path, corpus, model_file, pr
     ]
 
 
+def test_an_interrupt_ends_it_without_a_traceback(tmp_path, corpus, model_file, monkeypatch):
+    main = runpy.run_path(str(TOOL))["main"]
+
+    def interrupt(*arguments: object, **options: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setitem(main.__globals__, "preprocess_files", interrupt)
+    with pytest.raises(SystemExit) as ended:
+        main(["--input", str(corpus), "--output_prefix", str(tmp_path / "out"), "--vocab_file", str(model_file)])
+    assert ended.value.code == 130
+
+
 def test_nothing_that_starts_slowly_is_imported(tmp_path, corpus, model_file):
     flags = ["--input", str(corpus), "--output_prefix", str(tmp_path / "out"), "--vocab_file", str(model_file)]
     code = (
