@@ -52,8 +52,8 @@ LOADERS: Sequence[str] = ("auto", *(known.name for known in FORMATS))
 # What weights of another family cannot agree in, whatever somebody changed in training.
 STRUCTURE = ("use_rms_norm", "glu_activation", "position_embedding_type", "qk_layernorm", "scale_embeddings")
 PIPE_COLUMNS = 200
-# Each worker holds some 40 MiB.
-MAX_WORKERS = 4
+# Each worker holds some 50 MiB, and two are as quick as most disks.
+MAX_WORKERS = 2
 
 
 def main(argv: list[str]) -> None:

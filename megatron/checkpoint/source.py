@@ -26,7 +26,7 @@ JSON: TypeAlias = "bool | int | float | str | Sequence[JSON] | Mapping[str, JSON
 MODEL = "model"
 
 # What was read is still in the processor's cache when it is written, and allocations of this size reuse their pages.
-_CHUNK_BYTES = 4 * 2**20
+_CHUNK_BYTES = 2 * 2**20
 
 
 @dataclass(frozen=True)

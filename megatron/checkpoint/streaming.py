@@ -79,6 +79,7 @@ def _write_together(
                     if (part := piece.rectangle.intersection(rectangle)) is not None:
                         writers[name].append(rows[part.slices_in(rectangle)].to(piece.dtype))
                         report(part.num_elements * piece.dtype.itemsize)
+                del rows  # before the next ones are read
         return [writer.finish() for writer in writers.values()]
 
 

@@ -16,6 +16,8 @@ from megatron.checkpoint.manifest import FileRecord
 from megatron.checkpoint.plan import Rectangle
 from megatron.errors import DamagedCheckpointError, listed
 
+# Whole rows of which only some columns are wanted.
+_SCRATCH_BYTES = 2**20
 _REMEDY = "Restore the file or load another iteration with --load_iters."
 
 
@@ -51,7 +53,7 @@ class VerifiedFile:
             self._read_bytes(start, bytes_of(out))
             return
         columns = Rectangle(rectangle.start[1:], rectangle.size[1:]).slices_in(Rectangle.whole(stored.shape[1:]))
-        rows_at_once = max(1, self._record.block_bytes // row_bytes)
+        rows_at_once = max(1, _SCRATCH_BYTES // row_bytes)
         for target in out.split(rows_at_once):
             rows = torch.empty((len(target), *stored.shape[1:]), dtype=stored.dtype)
             self._read_bytes(start, bytes_of(rows))
