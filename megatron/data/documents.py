@@ -203,7 +203,7 @@ def _whole_lines(stream: TextStream, max_lines: int, max_bytes: int) -> Iterator
         if not cut:
             unfinished.append(piece)
             continue
-        yield from _at_most(b"".join([*unfinished, piece[:cut]]), max_lines)
+        yield from _at_most(b"".join([*unfinished, memoryview(piece)[:cut]]), max_lines)
         unfinished = [piece[cut:]] if cut < len(piece) else []
     if unfinished:
         yield b"".join(unfinished)
