@@ -58,7 +58,8 @@ SIDEWAYS = frozenset(
 EXECUTING = frozenset({"megatron.core.pipeline", "megatron.core.pipeline.executor", "megatron.core.pipeline.p2p"})
 ENVIRONMENT_READERS = ("megatron.core.topology", "megatron.training.logging")
 OPTIONAL_PACKAGES = frozenset(
-    {"bitsandbytes", "flash_attn", "gigatoken", "peft", "pyarrow", "transformers", "wandb", "zstandard"}
+    {"bitsandbytes", "flash_attn", "fsspec", "gigatoken", "peft", "pyarrow", "s3fs"}
+    | {"transformers", "wandb", "zstandard"}
 )
 # Reads pickles by an unpickler of its own that imports nothing; all other pickled files go through torch.load.
 UNPICKLERS = frozenset({"megatron.checkpoint.inert_pickle"})

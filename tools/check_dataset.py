@@ -6,7 +6,7 @@ import sys
 
 from megatron.cli import ArgumentParser, run_main
 from megatron.data.check import check_dataset
-from megatron.data.indexed import IndexedDataset, strip_suffix
+from megatron.data.indexed import IndexedDataset, name_of
 from megatron.errors import ConfigError
 
 
@@ -30,7 +30,7 @@ def _sound(prefix: str, vocab_size: int | None) -> str:
     try:
         indexed = IndexedDataset(prefix)
     except Exception:
-        indexed = IndexedDataset(f"{strip_suffix(prefix)}-text")
+        indexed = IndexedDataset(f"{name_of(prefix)}-text")
     ids = "" if vocab_size is None else f", all ids below {vocab_size}"
     return f"sound: {indexed.num_documents:,} documents, {indexed.num_tokens:,} tokens ({indexed.dtype.name}){ids}"
 

@@ -10,18 +10,20 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 
 from megatron.data import helpers
+from megatron.data.data_file import DataFile, require_files
 from megatron.data.gpt import INDEX_CODE_VERSION, DocumentBounds, GPTSamples, count_tokens, gpt_indices
 from megatron.data.gpt_index import plan_epochs
 from megatron.data.index_cache import Arrays, cached_arrays
-from megatron.data.index_file import read_num_sequences
-from megatron.data.indexed import IndexedDataset, strip_suffix
+from megatron.data.index_file import HEADER, announced_sequences
+from megatron.data.indexed import IndexedDataset, name_of
+from megatron.data.object_store import ObjectStore
 from megatron.data.sample import Sample
 from megatron.data.source import check_vocabulary
 from megatron.errors import ConfigError, DataError
@@ -87,24 +89,24 @@ class Member:
 
     prefix: str | os.PathLike[str]
     open: Callable[[], IndexedDataset]
+    store: ObjectStore = field(default_factory=ObjectStore)
 
     @cached_property
     def identity(self) -> str:
-        """Name, size and times of both files: a copy is another dataset to this, but another dataset never the same."""
-        facts = []
-        for suffix in (".idx", ".bin"):
-            path = Path(f"{strip_suffix(self.prefix)}{suffix}").absolute()
-            try:
-                status = path.stat()
-            except OSError:
-                return repr(self.open())  # which explains what is missing
-            facts.append(f"{path} {status.st_size} {status.st_mtime_ns} {status.st_ctime_ns} {status.st_ino}")
-        return "; ".join(facts)
+        """Name, size and version of both files: a copy is another dataset to this, but another dataset never the same.
+
+        Raises DataError where one is missing.
+        """
+        return "; ".join(file.identity for file in self._files)
 
     def count_sequences(self) -> int:
         """The number of sequences, from the header alone where that is sound."""
-        count = read_num_sequences(Path(f"{strip_suffix(self.prefix)}.idx"))
+        count = announced_sequences(self._files[0].head(HEADER.size))
         return len(self.open()) if count is None else count
+
+    @cached_property
+    def _files(self) -> tuple[DataFile, DataFile]:
+        return require_files(name_of(self.prefix), self.store)
 
 
 @dataclass(frozen=True)

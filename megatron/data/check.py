@@ -13,8 +13,10 @@ from typing import Final
 
 import numpy as np
 
-from megatron.data.index_file import CHUNK_SEQUENCES, DTYPE_CODES, HEADER, LEGACY_MAGIC, MAGIC, map_file
-from megatron.data.indexed import IndexedDataset, strip_suffix
+from megatron.data.data_file import DataFile, find_file
+from megatron.data.index_file import CHUNK_SEQUENCES, DTYPE_CODES, HEADER, LEGACY_MAGIC, MAGIC, file_name
+from megatron.data.indexed import IndexedDataset, name_of
+from megatron.data.object_store import ObjectStore, is_remote
 from megatron.errors import DataError
 
 _MAX_NAMED: Final = 10
@@ -32,39 +34,40 @@ class Finding:
 
 def check_dataset(prefix: str | Path, vocab_size: int | None = None) -> Iterator[Finding]:
     """What is wrong with ``prefix.bin`` and ``prefix.idx``, or with both pairs of instruction data at ``prefix``."""
-    prefix = strip_suffix(prefix)
-    text, role = (Path(f"{prefix}-{part}") for part in ("text", "role"))
-    if Path(f"{text}.idx").exists() and not Path(f"{prefix}.idx").exists():
-        yield from _check_pair(text, vocab_size)
-        yield from _check_pair(role, _ROLES)
-        yield from _check_same_lengths(text, role)
+    prefix, store = name_of(prefix), ObjectStore()
+    text, role = f"{prefix}-text", f"{prefix}-role"
+    if find_file(f"{text}.idx", store) is not None and find_file(f"{prefix}.idx", store) is None:
+        yield from _check_pair(text, vocab_size, store)
+        yield from _check_pair(role, _ROLES, store)
+        yield from _check_same_lengths(text, role, store)
     else:
-        yield from _check_pair(prefix, vocab_size)
+        yield from _check_pair(prefix, vocab_size, store)
 
 
-def _check_pair(prefix: Path, vocab_size: int | None) -> Iterator[Finding]:
-    bin_path, idx_path = Path(f"{prefix}.bin"), Path(f"{prefix}.idx")
-    for path in sorted(prefix.parent.glob(f"{prefix.name}.*.tmp")):
-        yield Finding(f"{path}: left by a program that was interrupted; it can be removed", is_fault=False)
-    missing = [path for path in (bin_path, idx_path) if not path.is_file()]
-    for path in missing:
-        yield Finding(f"{path}: is missing")
-    if missing:
+def _check_pair(prefix: str, vocab_size: int | None, store: ObjectStore) -> Iterator[Finding]:
+    if not is_remote(prefix):
+        for path in sorted(Path(prefix).parent.glob(f"{Path(prefix).name}.*.tmp")):
+            yield Finding(f"{path}: left by a program that was interrupted; it can be removed", is_fault=False)
+    bin_, idx = (find_file(f"{prefix}{suffix}", store) for suffix in (".bin", ".idx"))
+    for suffix, file in ((".bin", bin_), (".idx", idx)):
+        if file is None:
+            yield Finding(f"{prefix}{suffix}: is missing")
+    if bin_ is None or idx is None:
         return
-    index = map_file(idx_path)
+    index = idx.mapped()
     if index[: len(MAGIC)].tobytes() == MAGIC:
-        faults = list(_check_current(idx_path, index, bin_path))
+        faults = list(_check_current(idx.name, index, bin_))
     else:
-        faults = list(_check_by_opening(prefix, index))
+        faults = list(_check_by_opening(prefix, index, store))
     yield from faults
     if vocab_size is not None and not any(finding.is_fault for finding in faults):
-        yield from _check_tokens(IndexedDataset(prefix), vocab_size)
+        yield from _check_tokens(IndexedDataset(prefix, store), vocab_size)
 
 
-def _check_by_opening(prefix: Path, index: np.ndarray) -> Iterator[Finding]:
+def _check_by_opening(prefix: str, index: np.ndarray, store: ObjectStore) -> Iterator[Finding]:
     """The format of fairseq's time, and what is no index at all."""
     try:
-        IndexedDataset(prefix)
+        IndexedDataset(prefix, store)
     except DataError as error:
         yield Finding(str(error))
         return
@@ -72,7 +75,7 @@ def _check_by_opening(prefix: Path, index: np.ndarray) -> Iterator[Finding]:
         yield Finding(f"{prefix}.idx: an index of the old kind (TNTIDX), which is read as well", is_fault=False)
 
 
-def _check_current(idx_path: Path, raw: np.ndarray, bin_path: Path) -> Iterator[Finding]:
+def _check_current(idx_path: str, raw: np.ndarray, bin_: DataFile) -> Iterator[Finding]:
     if raw.size < HEADER.size:
         yield Finding(f"{idx_path}: ends at byte {raw.size}, inside the header of {HEADER.size} bytes")
         return
@@ -94,13 +97,13 @@ def _check_current(idx_path: Path, raw: np.ndarray, bin_path: Path) -> Iterator[
     lengths, pointers = raw[HEADER.size : lengths_end].view("<i4"), raw[lengths_end:pointers_end].view("<i8")
     yield from _check_documents(idx_path, raw[pointers_end:end].view("<i8"), num_sequences)
     if code in DTYPE_CODES.values():
-        yield from _check_sequences(idx_path, lengths, pointers, bin_path, code)
+        yield from _check_sequences(idx_path, lengths, pointers, bin_, code)
 
 
 def _check_sequences(
-    idx_path: Path, lengths: np.ndarray, pointers: np.ndarray, bin_path: Path, code: int
+    idx_path: str, lengths: np.ndarray, pointers: np.ndarray, bin_: DataFile, code: int
 ) -> Iterator[Finding]:
-    bin_bytes, num_tokens = bin_path.stat().st_size, int(lengths.clip(0).sum(dtype=np.int64))
+    bin_bytes, num_tokens = bin_.num_bytes, int(lengths.clip(0).sum(dtype=np.int64))
     itemsize = np.dtype(next(name for name, known in DTYPE_CODES.items() if known == code)).itemsize
     if code == DTYPE_CODES["float32"] and bin_bytes == 8 * num_tokens:
         itemsize = 8  # Megatron-LLM's code 7
@@ -112,18 +115,18 @@ def _check_sequences(
         starts = np.concatenate(([position], ends[:-1]))
         negative.add(start, part < 0, part)
         misplaced.add(start, at != starts, at, partial(_expected, starts))
-        beyond.add(start, ends > bin_bytes, ends, lambda _: f", beyond the {bin_bytes} of {bin_path.name}")
+        beyond.add(start, ends > bin_bytes, ends, lambda _: f", beyond the {bin_bytes} of {file_name(bin_.name)}")
         num_empty += int(np.count_nonzero(part == 0))
         position = int(ends[-1])
     for named in (negative, misplaced, beyond):
         yield from named.findings(f"{idx_path}: sequence")
     if bin_bytes > position:
-        yield Finding(f"{bin_path}: {bin_bytes - position} bytes from byte {position} on belong to no sequence")
+        yield Finding(f"{bin_.name}: {bin_bytes - position} bytes from byte {position} on belong to no sequence")
     if num_empty:
         yield Finding(f"{idx_path}: {num_empty} sequences are empty", is_fault=False)
 
 
-def _check_documents(idx_path: Path, boundaries: np.ndarray, num_sequences: int) -> Iterator[Finding]:
+def _check_documents(idx_path: str, boundaries: np.ndarray, num_sequences: int) -> Iterator[Finding]:
     if len(boundaries) == 0:
         yield Finding(f"{idx_path}: the document index is empty; it has to begin with 0")
         return
@@ -159,9 +162,9 @@ def _check_tokens(indexed: IndexedDataset, vocab_size: int) -> Iterator[Finding]
     yield from wrong.findings(f"{indexed.prefix}.bin: token")
 
 
-def _check_same_lengths(text: Path, role: Path) -> Iterator[Finding]:
+def _check_same_lengths(text: str, role: str, store: ObjectStore) -> Iterator[Finding]:
     try:
-        texts, roles = IndexedDataset(text), IndexedDataset(role)
+        texts, roles = IndexedDataset(text, store), IndexedDataset(role, store)
     except DataError:
         return  # said already
     if len(texts) != len(roles):

@@ -10,7 +10,7 @@ import numpy as np
 from megatron.data import helpers
 from megatron.data.gpt_index import EpochPlan, build_indices, plan_epochs
 from megatron.data.index_cache import Arrays, cached_arrays
-from megatron.data.indexed import IndexedDataset
+from megatron.data.indexed import IndexedDataset, default_cache_path
 from megatron.data.sample import Sample
 from megatron.errors import DataError
 
@@ -109,7 +109,7 @@ class GPTDataset(GPTSamples):
             "drop_last_partial": drop_last_partial,
         }
         indices = cached_arrays(
-            cache_path if cache_path is not None else indexed.prefix.parent / "cache",
+            cache_path if cache_path is not None else default_cache_path(indexed.prefix),
             "gpt",
             self._key,
             lambda: gpt_indices(

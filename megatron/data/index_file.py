@@ -61,9 +61,11 @@ def map_file(path: Path) -> np.ndarray:
         return np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), dtype=np.uint8)
 
 
-def read_index(idx_path: Path, bin_path: Path, bin_bytes: int) -> Index:
-    """Read and check an index against the size of its .bin file; `DataError` names file, position and remedy."""
-    raw = map_file(idx_path)
+def read_index(raw: np.ndarray, idx_path: str, bin_path: str, bin_bytes: int) -> Index:
+    """Check the bytes of an index, uint8 [n], against the size of its .bin file.
+
+    `DataError` names file, position and remedy.
+    """
     _require_bytes(idx_path, raw, len(MAGIC), "the first bytes, which name the format,")
     magic = raw[: len(MAGIC)].tobytes()
     if magic == MAGIC:
@@ -81,17 +83,19 @@ def read_index(idx_path: Path, bin_path: Path, bin_bytes: int) -> Index:
     return index
 
 
-def read_num_sequences(idx_path: Path) -> int | None:
-    """The number of sequences that a current header announces; None for a file that has none."""
-    try:
-        with open(idx_path, "rb") as file:
-            magic, _, _, num_sequences, _ = HEADER.unpack(file.read(HEADER.size))
-    except (OSError, struct.error):
+def announced_sequences(header: bytes) -> int | None:
+    """The number of sequences that a current header announces; None for what is none."""
+    if len(header) != HEADER.size or not header.startswith(MAGIC):
         return None
-    return num_sequences if magic == MAGIC else None
+    return int(HEADER.unpack(header)[3])
 
 
-def _read_current(idx_path: Path, raw: np.ndarray, bin_path: Path, bin_bytes: int) -> Index:
+def file_name(path: str) -> str:
+    """Of a path or an address."""
+    return path.rsplit("/", 1)[-1]
+
+
+def _read_current(idx_path: str, raw: np.ndarray, bin_path: str, bin_bytes: int) -> Index:
     _require_bytes(idx_path, raw, HEADER.size, "the header")
     _, version, code, num_sequences, num_boundaries = HEADER.unpack(raw[: HEADER.size].tobytes())
     _check_version(idx_path, version)
@@ -116,7 +120,7 @@ def _read_current(idx_path: Path, raw: np.ndarray, bin_path: Path, bin_bytes: in
     )
 
 
-def _read_legacy(idx_path: Path, raw: np.ndarray) -> Index:
+def _read_legacy(idx_path: str, raw: np.ndarray) -> Index:
     """Read ``TNTIDX``: one-dimensional sequences, with n + 1 offsets counted in elements."""
     _require_bytes(idx_path, raw, LEGACY_HEADER.size, "the header")
     _, version, code, itemsize, num_sequences, num_sizes, num_boundaries = LEGACY_HEADER.unpack(
@@ -151,7 +155,7 @@ def _read_legacy(idx_path: Path, raw: np.ndarray) -> Index:
     )
 
 
-def _require_bytes(idx_path: Path, raw: np.ndarray, needed: int, what: str) -> None:
+def _require_bytes(idx_path: str, raw: np.ndarray, needed: int, what: str) -> None:
     if raw.size < needed:
         raise DataError(
             f"{idx_path}: ends at byte {raw.size}, but {what} need {needed} bytes; the file is truncated: "
@@ -159,7 +163,7 @@ def _require_bytes(idx_path: Path, raw: np.ndarray, needed: int, what: str) -> N
         )
 
 
-def _check_version(idx_path: Path, version: int) -> None:
+def _check_version(idx_path: str, version: int) -> None:
     if version != VERSION:
         raise DataError(
             f"{idx_path}: index version {version}, only version {VERSION} is known; the file is damaged or was written "
@@ -167,13 +171,13 @@ def _check_version(idx_path: Path, version: int) -> None:
         )
 
 
-def _check_dtype_code(idx_path: Path, code: int) -> None:
+def _check_dtype_code(idx_path: str, code: int) -> None:
     if code not in _DTYPE_OF_CODE:
         known = ", ".join(f"{known_code} {name}" for name, known_code in DTYPE_CODES.items())
         raise DataError(f"{idx_path}: unknown dtype code {code} (known: {known}): {PREPROCESS_AGAIN}.")
 
 
-def _resolve_dtype(idx_path: Path, code: int, num_tokens: int, bin_path: Path, bin_bytes: int) -> np.dtype:
+def _resolve_dtype(idx_path: str, code: int, num_tokens: int, bin_path: str, bin_bytes: int) -> np.dtype:
     """Code 7 is float32 in Megatron-LM and float64 in Megatron-LLM: the size of the .bin file decides."""
     _check_dtype_code(idx_path, code)
     if code != DTYPE_CODES["float32"] or bin_bytes == 4 * num_tokens:
@@ -182,7 +186,7 @@ def _resolve_dtype(idx_path: Path, code: int, num_tokens: int, bin_path: Path, b
         return _DTYPE_OF_CODE[DTYPE_CODES["float64"]]
     raise DataError(
         f"{bin_path}: {bin_bytes} bytes, but {num_tokens} values under dtype code 7 take {4 * num_tokens} (float32) or "
-        f"{8 * num_tokens} (float64); the file does not belong to {idx_path.name}: {PREPROCESS_AGAIN}."
+        f"{8 * num_tokens} (float64); the file does not belong to {file_name(idx_path)}: {PREPROCESS_AGAIN}."
     )
 
 
@@ -191,7 +195,7 @@ def _chunks(num_sequences: int) -> Iterator[slice]:
         yield slice(start, min(start + CHUNK_SEQUENCES, num_sequences))
 
 
-def _check_sequences(idx_path: Path, index: Index) -> int:
+def _check_sequences(idx_path: str, index: Index) -> int:
     """Check that every sequence starts where the previous one ends; return where the last one ends, in bytes."""
     position_bytes = 0
     for chunk in _chunks(len(index.sequence_lengths)):
@@ -210,22 +214,22 @@ def _check_sequences(idx_path: Path, index: Index) -> int:
     return position_bytes
 
 
-def _check_bin_size(idx_path: Path, bin_path: Path, bin_bytes: int, end_bytes: int) -> None:
+def _check_bin_size(idx_path: str, bin_path: str, bin_bytes: int, end_bytes: int) -> None:
     if bin_bytes < end_bytes:
         raise DataError(
-            f"{bin_path}: {bin_bytes} bytes, but {idx_path.name} describes {end_bytes}; the file is truncated at byte "
-            f"{bin_bytes}: {PREPROCESS_AGAIN}."
+            f"{bin_path}: {bin_bytes} bytes, but {file_name(idx_path)} describes {end_bytes}; the file is truncated "
+            f"at byte {bin_bytes}: {PREPROCESS_AGAIN}."
         )
     if bin_bytes > end_bytes:
         # Most likely the .idx file of another run: using it would cut the text in the wrong places, silently.
         raise DataError(
-            f"{bin_path}: {bin_bytes} bytes, but {idx_path.name} describes only {end_bytes}; the two files do not "
-            f"belong together: {PREPROCESS_AGAIN} (if the rest is a known leftover, "
+            f"{bin_path}: {bin_bytes} bytes, but {file_name(idx_path)} describes only {end_bytes}; the two files do "
+            f"not belong together: {PREPROCESS_AGAIN} (if the rest is a known leftover, "
             f"`truncate -s {end_bytes} {bin_path}` removes it)."
         )
 
 
-def _check_document_indices(idx_path: Path, index: Index) -> None:
+def _check_document_indices(idx_path: str, index: Index) -> None:
     boundaries, num_sequences = index.document_indices, len(index.sequence_lengths)
     if len(boundaries) == 1 and boundaries[0] == 0:  # instruction data, and data without a document
         return

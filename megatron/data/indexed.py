@@ -19,23 +19,24 @@ import numpy as np
 import numpy.typing as npt
 
 from megatron.data import helpers
+from megatron.data.data_file import RemoteTokens, require_files
 from megatron.data.index_file import (
     CHUNK_SEQUENCES,
     DTYPE_CODES,
     HEADER,
     MAGIC,
-    PREPROCESS_AGAIN,
     VERSION,
-    map_file,
     read_index,
 )
-from megatron.errors import DataError
+from megatron.data.object_store import ObjectStore, is_remote
+from megatron.errors import ConfigError, DataError
 
 # Blocks of the .bin file that enter a fingerprint, evenly spaced, first and last included.
 _FINGERPRINT_BLOCKS = 64
 _FINGERPRINT_BLOCK_BYTES = 4096
 _WRITE_BUFFER_BYTES = 1 << 20
 _COPY_BYTES = 1 << 26
+_COPY_TOKENS = 1 << 22
 # What file systems answer between which, or at all, the kernel cannot copy.
 _NO_KERNEL_COPY = (errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP)
 
@@ -45,27 +46,39 @@ def best_dtype(vocab_size: int) -> np.dtype:
     return np.dtype(np.uint16 if vocab_size < 65500 else np.int32)
 
 
-def strip_suffix(path: str | os.PathLike[str]) -> Path:
+def name_of(path: str | os.PathLike[str]) -> str:
     """``corpus``, ``corpus.bin`` and ``corpus.idx`` all name the dataset with the prefix ``corpus``."""
     text = os.fspath(path)
-    return Path(text[:-4] if text.endswith((".bin", ".idx")) else text)
+    return text[:-4] if text.endswith((".bin", ".idx")) else text
+
+
+def strip_suffix(path: str | os.PathLike[str]) -> Path:
+    """`name_of` a dataset on a disk."""
+    return Path(name_of(path))
+
+
+def default_cache_path(path: str | os.PathLike[str]) -> Path:
+    """Where what is made from a dataset or a text file is kept: beside it, or in the home directory if it is far."""
+    return ObjectStore().cache_path if is_remote(path) else Path(path).parent / "cache"
 
 
 class IndexedDataset:
-    """Random access to the sequences of a tokenized dataset, memory-mapped and checked when opened."""
+    """Random access to the sequences of a tokenized dataset, checked when opened.
 
-    def __init__(self, prefix: str | os.PathLike[str]):
-        self.prefix = strip_suffix(prefix)
-        bin_path, idx_path = Path(f"{self.prefix}.bin"), Path(f"{self.prefix}.idx")
-        _require_files(self.prefix, bin_path, idx_path)
+    On a disk both files are mapped. In an object store (``s3://bucket/corpus``) the index is copied once into the
+    cache of `store`, and tokens are read when they are asked for.
+    """
+
+    def __init__(self, prefix: str | os.PathLike[str], store: ObjectStore | None = None):
+        self.prefix = name_of(prefix)
+        idx, bin_ = require_files(self.prefix, store or ObjectStore())
         try:
-            raw = map_file(bin_path)
-            self._index = read_index(idx_path, bin_path, raw.size)
+            self._index = read_index(idx.mapped(), idx.name, bin_.name, bin_.num_bytes)
+            self._tokens = bin_.tokens(self._index.dtype)
         except OSError as error:
             raise DataError(
                 f"{error.filename or self.prefix}: cannot be read ({error.strerror}); check its permissions."
             ) from error
-        self._tokens = raw.view(self._index.dtype)
 
     def __len__(self) -> int:
         """The number of sequences."""
@@ -88,9 +101,25 @@ class IndexedDataset:
         Also returned are how many are filled (the others are 0), and int32 [k] where sequences begin among them.
         sequences: int32 [m].
         """
+        if isinstance(self._tokens, RemoteTokens):
+            return self._read_remote_span(self._tokens, sequences, offset, stop, size)
         return helpers.read_span(
             self._tokens, self._index.sequence_pointers, self.sequence_lengths, sequences, offset, stop, size
         )
+
+    def _read_remote_span(
+        self, tokens: RemoteTokens, sequences: np.ndarray, offset: int, stop: int, size: int
+    ) -> tuple[np.ndarray, int, np.ndarray]:
+        """Fetches the parts of the span side by side, and reads on as from a file that holds nothing else."""
+        firsts = self._index.sequence_pointers[sequences] // self.dtype.itemsize
+        ends = firsts + self.sequence_lengths[sequences]
+        ends[-1] = firsts[-1] + stop
+        firsts[0] += offset
+        parts = tokens.read(list(zip(firsts.tolist(), ends.tolist(), strict=True)))
+        lengths = (ends - firsts).astype(np.int32)
+        pointers = (np.cumsum(lengths, dtype=np.int64) - lengths) * self.dtype.itemsize
+        order = np.arange(len(parts), dtype=np.int32)
+        return helpers.read_span(np.concatenate(parts), pointers, lengths, order, 0, int(lengths[-1]), size)
 
     @property
     def dtype(self) -> np.dtype:
@@ -101,8 +130,12 @@ class IndexedDataset:
         return self._index.num_tokens
 
     @property
-    def tokens(self) -> np.ndarray:
-        """All sequences end to end, [num_tokens]: a read-only view of the mapped .bin file."""
+    def is_remote(self) -> bool:
+        return isinstance(self._tokens, RemoteTokens)
+
+    @property
+    def tokens(self) -> np.ndarray | RemoteTokens:
+        """All sequences end to end, [num_tokens], to be cut: a read-only view of the mapped .bin file if it is here."""
         return self._tokens
 
     @property
@@ -131,24 +164,9 @@ class IndexedDataset:
             digest.update(self.sequence_lengths[start : start + CHUNK_SEQUENCES].tobytes())
         block = _FINGERPRINT_BLOCK_BYTES // self.dtype.itemsize
         last_start = max(self.num_tokens - block, 0)
-        for start in np.unique(np.linspace(0, last_start, _FINGERPRINT_BLOCKS).astype(np.int64)):
+        for start in np.unique(np.linspace(0, last_start, _FINGERPRINT_BLOCKS).astype(np.int64)).tolist():
             digest.update(self._tokens[start : start + block].tobytes())
         return digest.hexdigest()
-
-
-def _require_files(prefix: Path, bin_path: Path, idx_path: Path) -> None:
-    missing = [path for path in (bin_path, idx_path) if not path.is_file()]
-    if len(missing) == 2:
-        raise DataError(
-            f"{prefix}: there is no tokenized dataset of this name, neither {bin_path.name} nor {idx_path.name}; "
-            f"give the path without .bin or .idx, or create the dataset with tools/preprocess_data.py."
-        )
-    if missing:
-        partner = bin_path if missing[0] is idx_path else idx_path
-        raise DataError(
-            f"{missing[0]}: missing beside {partner.name}; a dataset is both files, perhaps the preprocessing was "
-            f"interrupted: {PREPROCESS_AGAIN}."
-        )
 
 
 class IndexedDatasetWriter:
@@ -161,6 +179,10 @@ class IndexedDatasetWriter:
     """
 
     def __init__(self, prefix: str | os.PathLike[str], dtype: npt.DTypeLike, *, has_documents: bool = True):
+        if is_remote(prefix):
+            raise ConfigError(
+                f"{prefix}: is in an object store, which is read only; write to a disk and copy the files."
+            )
         self.prefix = strip_suffix(prefix)
         self.dtype = np.dtype(dtype).newbyteorder("<")
         if self.dtype.name not in DTYPE_CODES:
@@ -222,9 +244,12 @@ class IndexedDatasetWriter:
             )
         first = len(self._lengths)
         try:
-            self._bin.flush()
-            with open(f"{indexed.prefix}.bin", "rb") as source:
-                _copy(source, self._bin, on_bytes)
+            if indexed.is_remote:
+                self._copy_tokens(indexed, on_bytes)
+            else:
+                self._bin.flush()
+                with open(f"{indexed.prefix}.bin", "rb") as source:
+                    _copy(source, self._bin, on_bytes)
         except OSError as error:
             self.abort()
             raise self._cannot_write(error) from error
@@ -307,6 +332,12 @@ class IndexedDatasetWriter:
         except OSError as error:
             self.abort()
             raise self._cannot_write(error) from error
+
+    def _copy_tokens(self, indexed: IndexedDataset, on_bytes: Callable[[int], object]) -> None:
+        for start in range(0, indexed.num_tokens, _COPY_TOKENS):
+            tokens = indexed.tokens[start : start + _COPY_TOKENS]
+            self._bin.write(tokens.data)
+            on_bytes(tokens.nbytes)
 
     def _write_index(self, idx: IO[bytes]) -> None:
         lengths = np.frombuffer(self._lengths, dtype=np.int32)

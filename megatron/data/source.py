@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 
 from megatron.data.file_lock import exclusive
-from megatron.data.indexed import IndexedDataset
+from megatron.data.indexed import IndexedDataset, default_cache_path
+from megatron.data.object_store import ObjectStore, is_remote
 from megatron.errors import DataError
 
 logger = logging.getLogger(__name__)
@@ -25,6 +26,7 @@ _SAMPLED_BLOCK_BYTES = 4096
 
 # Up to this many tokens all are compared with the vocabulary, a second or so; beyond, blocks spread over the file.
 _MAX_TOKENS_CHECKED = 1 << 28
+_MAX_TOKENS_CHECKED_FAR = 1 << 22
 _CHECK_BLOCK_TOKENS = 1 << 18
 
 
@@ -34,6 +36,7 @@ def open_data(
     tokenize_file: TokenizeFile | None = None,
     tokenizer_fingerprint: str = "",
     cache_path: Path | None = None,
+    store: ObjectStore | None = None,
 ) -> IndexedDataset:
     """Open a dataset by its prefix (with or without .bin or .idx), or a .jsonl or .txt file through the tokenizer.
 
@@ -42,7 +45,12 @@ def open_data(
     """
     file = Path(path)
     if file.suffix not in TEXT_SUFFIXES:
-        return IndexedDataset(path)
+        return IndexedDataset(path, store)
+    if is_remote(path):
+        raise DataError(
+            f"{path}: is text in an object store, and only tokenized data is read from there; tokenize a local copy "
+            "with tools/preprocess_data.py and give the prefix of what it wrote."
+        )
     if not file.is_file():
         raise DataError(f"{file}: there is no such text file; check --data_path.")
     if tokenize_file is None:
@@ -50,7 +58,7 @@ def open_data(
             f"{file}: is text, and there is no tokenizer to read it with; give a tokenizer (--tokenizer_type, "
             f"--tokenizer_model), or the prefix of a tokenized dataset."
         )
-    folder = cache_path if cache_path is not None else file.parent / "cache"
+    folder = cache_path if cache_path is not None else default_cache_path(file)
     prefix = folder / f"{file.stem}-{_text_key(file, tokenizer_fingerprint)}"
     return _open_intact(prefix) or _tokenize_once(file, prefix, tokenize_file)
 
@@ -97,20 +105,21 @@ def _text_key(file: Path, tokenizer_fingerprint: str) -> str:
 def check_vocabulary(indexed: IndexedDataset, vocab_size: int) -> None:
     """Raise `DataError` when the data holds an id outside 0 to `vocab_size` - 1.
 
-    Looks at every token, or in a dataset of more than 2**28 tokens at that many in evenly spaced blocks.
+    Looks at every token, or in a dataset of more than 2**28 tokens (2**22 where it is in an object store) at that many
+    in evenly spaced blocks.
     """
     if indexed.dtype.kind not in "iu":
         raise DataError(
             f"{indexed.prefix}: holds {indexed.dtype.name} values, which are not token ids; choose the dataset that "
             f"tools/preprocess_data.py wrote."
         )
-    for start in _block_starts(indexed.num_tokens):
+    for start in _block_starts(indexed):
         block = indexed.tokens[start : start + _CHECK_BLOCK_TOKENS]
         low, high = int(block.min()), int(block.max())
         if low >= 0 and high < vocab_size:
             continue
         wrong = high if high >= vocab_size else low
-        position = int(start) + int(np.argmax(block == wrong))
+        position = start + int(np.argmax(block == wrong))
         raise DataError(
             f"{indexed.prefix}.bin: token id {wrong} at position {position} is outside the vocabulary of {vocab_size} "
             f"(0 to {vocab_size - 1}); the data was made with another tokenizer: give that one, or preprocess the text "
@@ -118,8 +127,10 @@ def check_vocabulary(indexed: IndexedDataset, vocab_size: int) -> None:
         )
 
 
-def _block_starts(num_tokens: int) -> np.ndarray:
-    if num_tokens <= _MAX_TOKENS_CHECKED:
-        return np.arange(0, num_tokens, _CHECK_BLOCK_TOKENS)
-    num_blocks = _MAX_TOKENS_CHECKED // _CHECK_BLOCK_TOKENS
-    return np.linspace(0, num_tokens - _CHECK_BLOCK_TOKENS, num_blocks).astype(np.int64)
+def _block_starts(indexed: IndexedDataset) -> list[int]:
+    most = _MAX_TOKENS_CHECKED_FAR if indexed.is_remote else _MAX_TOKENS_CHECKED
+    if indexed.num_tokens <= most:
+        return list(range(0, indexed.num_tokens, _CHECK_BLOCK_TOKENS))
+    num_blocks = most // _CHECK_BLOCK_TOKENS
+    starts: list[int] = np.linspace(0, indexed.num_tokens - _CHECK_BLOCK_TOKENS, num_blocks).astype(np.int64).tolist()
+    return starts

@@ -17,7 +17,8 @@ from megatron.data.blend import (
     parse_named_blends,
 )
 from megatron.data.gpt import DocumentBounds, GPTDataset
-from megatron.data.indexed import IndexedDataset
+from megatron.data.indexed import IndexedDataset, default_cache_path
+from megatron.data.object_store import ObjectStore
 from megatron.data.preprocess import tokenize_file
 from megatron.data.sample import TrainingData
 from megatron.data.source import TEXT_SUFFIXES, check_vocabulary, open_data
@@ -93,6 +94,7 @@ class _Builder:
     def __init__(self, run: RunConfig, tokenizer: Tokenizer):
         self.run, self.tokenizer = run, tokenizer
         self.cache_path = None if run.data.data_cache_path is None else Path(run.data.data_cache_path)
+        self.store = ObjectStore(self.cache_path)
         self.bounds = DocumentBounds(
             reset_positions=run.data.reset_position_ids,
             reset_attention=run.data.reset_attention_mask,
@@ -164,11 +166,11 @@ class _Builder:
             weights=blend.weights,
             max_epochs=max_epochs,
         )
-        return BlendedDataset(members, request, self.bounds, self.cache_path or Path(blend.paths[0]).parent / "cache")
+        return BlendedDataset(members, request, self.bounds, self.cache_path or default_cache_path(blend.paths[0]))
 
     def _member(self, path: str) -> Member:
         if Path(path).suffix not in TEXT_SUFFIXES:
-            return Member(path, partial(IndexedDataset, path))
+            return Member(path, partial(IndexedDataset, path, self.store), self.store)
         indexed = open_data(
             path,
             tokenize_file=partial(tokenize_file, tokenizer=self.tokenizer),

@@ -45,7 +45,7 @@ def test_text_is_tokenized_once_saying_so(name: str, text: Path, caplog: pytest.
     first = open_data(text, tokenize_file=tokenize_bytes)
     assert first.tokens.tolist() == [97, 98, 99]
     assert caplog.messages == [f"tokenizing {text} once into {first.prefix}.bin and .idx"]
-    assert first.prefix.parent == text.parent / "cache"
+    assert Path(first.prefix).parent == text.parent / "cache"
     again = open_data(text, tokenize_file=must_not_tokenize)
     assert again.prefix == first.prefix and len(caplog.messages) == 1
 

@@ -12,6 +12,7 @@ import pytest
 from megatron.data.check import check_dataset
 from megatron.data.indexed import IndexedDataset, IndexedDatasetWriter
 from megatron.errors import ConfigError, DataError
+from object_server import serve_bucket
 from tools.check_dataset import main
 
 SAMPLES = Path(__file__).parent.parent / "data" / "samples" / "indexed"
@@ -43,7 +44,7 @@ def int64(value: int) -> bytes:
     return struct.pack("<q", value)
 
 
-def faults(prefix: Path, vocab_size: int | None = None) -> list[str]:
+def faults(prefix: Path | str, vocab_size: int | None = None) -> list[str]:
     return [finding.text for finding in check_dataset(prefix, vocab_size) if finding.is_fault]
 
 
@@ -144,3 +145,23 @@ def test_both_halves_of_instruction_data_are_checked(prefix: Path):
 def test_a_vocabulary_of_nothing_is_an_error(prefix: Path):
     with pytest.raises(ConfigError, match="--vocab_size 0 is no vocabulary"):
         main([str(prefix), "--vocab_size=0"])
+
+
+def test_a_dataset_in_an_object_store_is_checked_like_one_on_a_disk(
+    prefix: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(Path, "home", lambda: tmp_path / "home")
+    with serve_bucket() as bucket:
+        bucket.put(prefix, "far")
+        main(["s3://bucket/far", "--vocab_size", "15"])
+        assert "s3://bucket/far: sound: 5 documents, 10 tokens (uint16)" in capsys.readouterr().out
+        bucket.objects["far.bin"] = bucket.objects["far.bin"][:-2]
+        local = faults_of_cut(prefix)
+        assert [text.replace("s3://bucket/far", str(prefix)) for text in faults("s3://bucket/far")] == local
+        assert faults("s3://bucket/none") == ["s3://bucket/none.bin: is missing", "s3://bucket/none.idx: is missing"]
+
+
+def faults_of_cut(prefix: Path) -> list[str]:
+    bin_path = Path(f"{prefix}.bin")
+    bin_path.write_bytes(bin_path.read_bytes()[:-2])
+    return [text.replace(bin_path.name, "far.bin") for text in faults(prefix)]
