@@ -1,5 +1,5 @@
-// Index building and reading at memory speed. The Python oracles: tests/data/test_sample_index.py, test_blend_index.py
-// and test_span.py.
+// Index building and reading at memory speed. The Python oracles: tests/data/test_sample_index.py, test_blend_index.py,
+// test_span.py and test_pair_index.py.
 
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
@@ -369,6 +369,80 @@ py::tuple number_documents(const py::array& starts, std::int64_t size) {
     return py::make_tuple(positions, segments);
 }
 
+// Draw k of a stream of numbers in [0, 1): splitmix64 (Steele, Lea and Flood 2014), whose state is the stream's key.
+class Draws {
+  public:
+    explicit Draws(std::uint64_t key) : state_(key) {}
+
+    double next() { return static_cast<double>(mix(state_ += kStep) >> 11) * 0x1.0p-53; }
+    std::int64_t below(std::int64_t bound) {
+        return static_cast<std::int64_t>(next() * static_cast<double>(bound));
+    }
+
+    // The key of stream `number` among those of `key`.
+    static std::uint64_t stream(std::uint64_t key, std::int64_t number) {
+        return mix(key ^ mix(static_cast<std::uint64_t>(number) + kStep));
+    }
+
+  private:
+    static constexpr std::uint64_t kStep = 0x9e3779b97f4a7c15;
+
+    static std::uint64_t mix(std::uint64_t x) {
+        x = (x ^ (x >> 30)) * 0xbf58476d1ce4e5b9;
+        x = (x ^ (x >> 27)) * 0x94d049bb133111eb;
+        return x ^ (x >> 31);
+    }
+
+    std::uint64_t state_;
+};
+
+// Cuts one document's sentences [start, end) into pairs of texts.
+void add_pairs(const Int32View& lengths, std::int64_t start, std::int64_t end, std::int64_t max_tokens,
+               double short_probability, Draws draws, std::vector<std::int32_t>* pairs) {
+    while (end - start >= 2) {
+        const bool is_short = draws.next() < short_probability;
+        const std::int64_t target = is_short ? 2 + draws.below(max_tokens - 1) : max_tokens;
+        std::int64_t num_tokens = 0, stop = start;
+        // One sentence alone would be no pair, so the last is never left over.
+        while (stop < end && (num_tokens < target || stop - start < 2 || end - stop == 1)) num_tokens += lengths[stop++];
+        const std::int64_t middle = start + 1 + draws.below(stop - start - 1);
+        const bool is_random = draws.next() < 0.5;
+        for (const std::int64_t value : {start, middle, is_random ? middle : stop, target}) {
+            pairs->push_back(static_cast<std::int32_t>(value));
+        }
+        start = is_random ? middle : stop;  // what a random text replaces is the next pair's
+    }
+}
+
+py::array_t<std::int32_t> build_pair_index(const py::array& lengths, const py::array& documents, std::int64_t first,
+                                           std::int64_t last, std::int64_t max_tokens, double short_probability,
+                                           std::uint64_t key) {
+    const Int32View lengths_view(lengths, "lengths");
+    const View<std::int64_t> documents_view(documents, "documents");
+    if (first < 0 || last < first || last >= documents_view.size || max_tokens < 2 ||
+        lengths_view.size > std::numeric_limits<std::int32_t>::max()) {
+        throw std::invalid_argument("documents " + std::to_string(first) + " to " + std::to_string(last) + " of " +
+                                    std::to_string(documents_view.size - 1) + ", " +
+                                    std::to_string(lengths_view.size) + " sentences, " + std::to_string(max_tokens) +
+                                    " tokens");
+    }
+    std::vector<std::int32_t> pairs;
+    {
+        py::gil_scoped_release release;
+        for (std::int64_t d = first; d < last; ++d) {
+            const std::int64_t start = documents_view[d], end = documents_view[d + 1];
+            if (start < 0 || end < start || end > lengths_view.size) {
+                throw std::out_of_range("document " + std::to_string(d) + " is sequences " + std::to_string(start) +
+                                        " to " + std::to_string(end) + " of " + std::to_string(lengths_view.size));
+            }
+            add_pairs(lengths_view, start, end, max_tokens, short_probability, Draws(Draws::stream(key, d)), &pairs);
+        }
+    }
+    py::array_t<std::int32_t> result({static_cast<py::ssize_t>(pairs.size() / 4), static_cast<py::ssize_t>(4)});
+    std::copy(pairs.begin(), pairs.end(), result.mutable_data());
+    return result;
+}
+
 }  // namespace
 
 PYBIND11_MODULE(helpers, module) {
@@ -398,4 +472,13 @@ tokens: [t], any integer type. pointers: int64 [n], in bytes. lengths: int32 [n]
                R"(Return int64 [size], which counts from 0 in each document, and int32 [size], the documents' numbers.
 
 starts: int32 [k], ascending from 0, where documents begin; those from `size` on are left out.)");
+    module.def("build_pair_index", &build_pair_index, py::arg("lengths"), py::arg("documents"), py::kw_only(),
+               py::arg("first"), py::arg("last"), py::arg("max_tokens"), py::arg("short_probability"), py::arg("key"),
+               R"(Return the pairs of texts that documents `first` to before `last` are cut into, int32 [n, 4].
+
+lengths: int32 [m], tokens per sentence. documents: int64 [d + 1], document i is sentences documents[i] to
+documents[i + 1]. A row is (start, middle, stop, target): the first text is sentences start to middle, the second
+middle to stop, and from elsewhere where these are equal, which happens with probability 0.5; together they are to have
+at most `target` tokens: max_tokens, or with short_probability any number from 2 on. Releases the GIL. Raises ValueError
+or IndexError on input that contradicts itself.)");
 }

@@ -20,3 +20,13 @@ def read_span(
     size: int,
 ) -> tuple[np.ndarray, int, np.ndarray]: ...
 def number_documents(starts: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]: ...
+def build_pair_index(
+    lengths: np.ndarray,
+    documents: np.ndarray,
+    *,
+    first: int,
+    last: int,
+    max_tokens: int,
+    short_probability: float,
+    key: int,
+) -> np.ndarray: ...

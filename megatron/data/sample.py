@@ -25,12 +25,28 @@ class Sample:
     segment_ids: np.ndarray | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class PairSample:
+    """BERT's: two texts and padding. tokens: int64 [s], as the model sees them; labels: int64 [s], as they were.
+
+    loss_mask: float32 [s], 1 where a token is to be restored. token_types: int64 [s], 1 for the second text.
+    segment_ids: int32 [s], padding is a segment of its own. is_random: whether the second text did not follow.
+    """
+
+    tokens: np.ndarray
+    labels: np.ndarray
+    loss_mask: np.ndarray
+    token_types: np.ndarray
+    segment_ids: np.ndarray
+    is_random: bool
+
+
 class SampleSource(Protocol):
-    """Random access to samples."""
+    """Random access to samples; all of one source are of one kind."""
 
     def __len__(self) -> int: ...
 
-    def __getitem__(self, index: int, /) -> Sample: ...
+    def __getitem__(self, index: int, /) -> Sample | PairSample: ...
 
 
 class TrainingData(SampleSource, Protocol):

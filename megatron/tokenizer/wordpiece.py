@@ -6,10 +6,12 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import numpy as np
 import tokenizers
 
 from megatron.errors import TokenizerError
 from megatron.tokenizer.library import LibraryTokenizer
+from megatron.tokenizer.protocol import Tokenizer
 
 VOCAB_FILE = "vocab.txt"
 UNKNOWN = "[UNK]"
@@ -49,6 +51,19 @@ class BertWordPieceLowerCase(BertWordPieceCase):
 
     name = "BertWordPieceLowerCase"
     lowercase = True
+
+
+def word_continuations(tokenizer: Tokenizer) -> np.ndarray | None:
+    """bool [vocab_size], true for pieces inside of a word ("##ing"); None where the tokenizer knows no words."""
+    if not isinstance(tokenizer, LibraryTokenizer):
+        return None
+    model = tokenizer.library.model
+    if not isinstance(model, tokenizers.models.WordPiece):
+        return None
+    continues = np.zeros(tokenizer.vocab_size, dtype=bool)
+    for piece, number in tokenizer.library.get_vocab(with_added_tokens=False).items():
+        continues[number] = piece.startswith(model.continuing_subword_prefix)
+    return continues
 
 
 def _load(vocab_file: Path, lowercase: bool) -> tuple[tokenizers.Tokenizer, str]:
