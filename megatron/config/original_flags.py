@@ -71,9 +71,6 @@ ACCEPTED: Final[Mapping[str, Accepted]] = MappingProxyType(
         "model_type": Accepted(
             "every model is a decoder", True, ("encoder_or_decoder",), "there are no encoder-decoder models here"
         ),
-        "data_type": Accepted(
-            "data is plain text by default", True, ("gpt",), "instruction data cannot be trained on yet; use plain text"
-        ),
         "data_impl": Accepted(
             "data is memory-mapped",
             True,
@@ -91,9 +88,6 @@ ACCEPTED: Final[Mapping[str, Accepted]] = MappingProxyType(
         ),
         "weight_decay_incr_style": Accepted(
             "the weight decay is constant", True, ("constant",), "the weight decay is constant; set --weight_decay"
-        ),
-        "scalar_loss_mask": Accepted(
-            "masked tokens count nothing", True, ("0", "0.0"), "masked tokens count nothing here; drop it"
         ),
         "sample_rate": Accepted(
             "all of the data is used", True, ("1", "1.0"), "all of the data is used; tokenize a part of it instead"
@@ -153,7 +147,6 @@ REFUSED: Final[Mapping[str, str]] = MappingProxyType(
         "init_method_xavier_uniform": "is not available: initial weights are normal; use --init_method_std.",
         "data_parallel_random_init": "is not available: data-parallel processes hold the same weights; drop it.",
         "distribute_saved_activations": "is not available; --sequence_parallel cuts what is kept over the tensor axis.",
-        "variable_seq_lengths": "is not available yet: every sample has --seq_length tokens; drop it.",
         **_alike(
             "pipeline_model_parallel_split_rank standalone_embedding_stage",
             "is not available: the layers are dealt out by --pipeline_model_parallel_size alone; drop it.",

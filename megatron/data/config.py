@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Literal
 
 from megatron.data.blend import parse_blend, parse_named_blends
 from megatron.errors import ConfigError
@@ -54,6 +55,24 @@ class DataConfig:
         default=None,
         metadata={"metavar": "PATH", "help": "folder for tokenized files and sample indices; default: beside the data"},
     )
+    data_type: Literal["gpt", "instruction"] = field(
+        default="gpt",
+        metadata={"help": "gpt: documents end to end; instruction: conversations of tools/preprocess_instruct_data.py"},
+    )
+    loss_role: Literal["assistant", "user", "all"] = field(
+        default="assistant", metadata={"help": "instruction data: whose tokens are learnt"}
+    )
+    scalar_loss_mask: float = field(
+        default=0.0, metadata={"help": "instruction data: the weight of the other tokens' loss"}
+    )
+    variable_seq_lengths: bool = field(
+        default=False,
+        metadata={"help": "instruction data: a micro-batch is as long as its longest sample, not --seq_length"},
+    )
+    packing: bool = field(
+        default=False,
+        metadata={"help": "instruction data: several conversations share a sample, and none sees another"},
+    )
     reset_position_ids: bool = field(default=False, metadata={"help": "count positions anew in each document"})
     reset_attention_mask: bool = field(default=False, metadata={"help": "attention stays inside each document"})
     eod_mask_loss: bool = field(default=False, metadata={"help": "what follows the end of a document is no target"})
@@ -62,6 +81,7 @@ class DataConfig:
     def __post_init__(self) -> None:
         """Raises ConfigError for sources that contradict each other and for values that no run can use."""
         self._check_sources()
+        self._check_type()
         if self.seq_length is not None and self.seq_length < 1:
             raise ConfigError(f"--seq_length {self.seq_length} holds no token; use 1 or more.")
         if self.num_workers < 0:
@@ -75,6 +95,33 @@ class DataConfig:
     @property
     def _evaluated(self) -> dict[str, tuple[str, ...]]:
         return {"--valid_data_path": self.valid_data_path, "--test_data_path": self.test_data_path}
+
+    def _check_type(self) -> None:
+        given = {
+            "gpt": {
+                f"--loss_role {self.loss_role}": self.loss_role != "assistant",
+                f"--scalar_loss_mask {self.scalar_loss_mask:g}": self.scalar_loss_mask != 0.0,
+                "--variable_seq_lengths": self.variable_seq_lengths,
+                "--packing": self.packing,
+            },
+            "instruction": {
+                "--reset_position_ids": self.reset_position_ids,
+                "--reset_attention_mask": self.reset_attention_mask,
+                "--eod_mask_loss": self.eod_mask_loss,
+            },
+        }
+        wrong = [flag for flag, is_given in given[self.data_type].items() if is_given]
+        if wrong and self.data_type == "gpt":
+            raise ConfigError(f"{wrong[0]} is about conversations; give --data_type instruction too, or drop it.")
+        if wrong:
+            raise ConfigError(
+                f"{wrong[0]} is about documents end to end, and conversations never see each other; drop it, or "
+                "--data_type instruction."
+            )
+        if not 0.0 <= self.scalar_loss_mask < float("inf"):
+            raise ConfigError(
+                f"--scalar_loss_mask {self.scalar_loss_mask:g} is no weight; give 0 or more, usually less than 1."
+            )
 
     def _check_sources(self) -> None:
         for flag, paths in (("--data_path", self.data_path), ("--train_data_path", self.train_data_path)):

@@ -1,5 +1,5 @@
 // Index building and reading at memory speed. The Python oracles: tests/data/test_sample_index.py, test_blend_index.py,
-// test_span.py and test_pair_index.py.
+// test_span.py, test_packing.py and test_pair_index.py.
 
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
@@ -12,6 +12,7 @@
 #include <stdexcept>
 #include <string>
 #include <tuple>
+#include <utility>
 #include <vector>
 
 namespace py = pybind11;
@@ -369,6 +370,118 @@ py::tuple number_documents(const py::array& starts, std::int64_t size) {
     return py::make_tuple(positions, segments);
 }
 
+// Which remaining rooms have a bin: a tree of 64-bit words, so that the smallest room from a given one on is found in a
+// few steps whatever the capacity.
+class RoomSet {
+  public:
+    explicit RoomSet(std::int64_t size) {
+        do {
+            size = (size + 63) / 64;
+            levels_.emplace_back(static_cast<std::size_t>(size), 0);
+        } while (size > 1);
+    }
+
+    void insert(std::int64_t room) {
+        for (auto& level : levels_) {
+            level[room / 64] |= std::uint64_t{1} << (room % 64);
+            room /= 64;
+        }
+    }
+
+    void erase(std::int64_t room) {
+        for (auto& level : levels_) {
+            level[room / 64] &= ~(std::uint64_t{1} << (room % 64));
+            if (level[room / 64] != 0) return;
+            room /= 64;
+        }
+    }
+
+    // The smallest member that is at least `room`, or -1.
+    std::int64_t first_from(std::int64_t room) const {
+        for (std::size_t k = 0; k < levels_.size(); ++k) {
+            const std::size_t word = static_cast<std::size_t>(room / 64);
+            if (word >= levels_[k].size()) return -1;
+            const std::uint64_t found = levels_[k][word] >> (room % 64);
+            if (found != 0) return descend(room + __builtin_ctzll(found), k);
+            room = room / 64 + 1;
+        }
+        return -1;
+    }
+
+  private:
+    std::int64_t descend(std::int64_t room, std::size_t k) const {
+        while (k > 0) room = room * 64 + __builtin_ctzll(levels_[--k][room]);
+        return room;
+    }
+
+    std::vector<std::vector<std::uint64_t>> levels_;  // bit i of a level: word i of the one before is not 0
+};
+
+// The items by falling length, of equal ones the first first.
+std::vector<std::int32_t> by_falling_length(const Int32View& lengths, std::int64_t capacity) {
+    std::vector<std::int64_t> place(static_cast<std::size_t>(capacity) + 1, 0);
+    for (std::int64_t i = 0; i < lengths.size; ++i) ++place[capacity - lengths[i]];
+    std::int64_t before = 0;
+    for (std::int64_t& count : place) before += std::exchange(count, before);
+    std::vector<std::int32_t> order(static_cast<std::size_t>(lengths.size));
+    for (std::int64_t i = 0; i < lengths.size; ++i) order[place[capacity - lengths[i]]++] = static_cast<std::int32_t>(i);
+    return order;
+}
+
+// Puts every item into the fullest bin that has room for it; of equally full ones into the one that came to be last.
+std::int32_t assign_bins(const Int32View& lengths, std::int64_t capacity, const std::vector<std::int32_t>& order,
+                         std::int32_t* bin_of) {
+    RoomSet rooms(capacity + 1);
+    std::vector<std::int32_t> newest(static_cast<std::size_t>(capacity) + 1, -1);  // by room; older ones behind it
+    std::vector<std::int32_t> older;
+    for (const std::int32_t item : order) {
+        const std::int32_t length = lengths[item];
+        std::int64_t room = rooms.first_from(length);
+        std::int32_t bin;
+        if (room < 0) {
+            bin = static_cast<std::int32_t>(older.size());
+            older.push_back(-1);
+            room = capacity;
+        } else {
+            bin = newest[room];
+            newest[room] = older[bin];
+            if (newest[room] < 0) rooms.erase(room);
+        }
+        bin_of[item] = bin;
+        room -= length;
+        if (newest[room] < 0) rooms.insert(room);
+        older[bin] = newest[room];
+        newest[room] = bin;
+    }
+    return static_cast<std::int32_t>(older.size());
+}
+
+py::tuple build_packing_plan(const py::array& lengths, std::int64_t capacity) {
+    const Int32View view(lengths, "lengths");
+    if (capacity < 1 || capacity >= std::numeric_limits<std::int32_t>::max()) {
+        throw std::invalid_argument("capacity = " + std::to_string(capacity) + " is not in [1, 2^31 - 1)");
+    }
+    if (view.size > std::numeric_limits<std::int32_t>::max()) {
+        throw std::invalid_argument(std::to_string(view.size) + " lengths are more than an int32 can count");
+    }
+    py::array_t<std::int32_t> items(view.size);
+    std::vector<std::int64_t> ends;
+    {
+        std::int32_t* out = items.mutable_data();
+        py::gil_scoped_release release;
+        require_range(view, 1, capacity + 1, "length");
+        const std::vector<std::int32_t> order = by_falling_length(view, capacity);
+        std::vector<std::int32_t> bin_of(static_cast<std::size_t>(view.size));
+        const std::int32_t num_bins = assign_bins(view, capacity, order, bin_of.data());
+        ends.assign(static_cast<std::size_t>(num_bins) + 1, 0);
+        for (const std::int32_t bin : bin_of) ++ends[bin + 1];
+        for (std::size_t bin = 1; bin < ends.size(); ++bin) ends[bin] += ends[bin - 1];
+        std::vector<std::int64_t> next(ends.begin(), ends.end() - 1);
+        for (const std::int32_t item : order) out[next[bin_of[item]]++] = item;
+    }
+    return py::make_tuple(items, py::array_t<std::int64_t>(static_cast<py::ssize_t>(ends.size()), ends.data()));
+}
+
 // Draw k of a stream of numbers in [0, 1): splitmix64 (Steele, Lea and Flood 2014), whose state is the stream's key.
 class Draws {
   public:
@@ -472,6 +585,11 @@ tokens: [t], any integer type. pointers: int64 [n], in bytes. lengths: int32 [n]
                R"(Return int64 [size], which counts from 0 in each document, and int32 [size], the documents' numbers.
 
 starts: int32 [k], ascending from 0, where documents begin; those from `size` on are left out.)");
+    module.def("build_packing_plan", &build_packing_plan, py::arg("lengths"), py::arg("capacity"),
+               R"(Return the items of all bins end to end, int32 [n], and where bins begin and the last ends, int64 [bins + 1].
+
+lengths: int32 [n], each in [1, capacity]. Best-fit decreasing: the longest first, each into the fullest bin that has
+room, of equal ones into the latest. Releases the GIL. Raises IndexError for a length that fits no bin.)");
     module.def("build_pair_index", &build_pair_index, py::arg("lengths"), py::arg("documents"), py::kw_only(),
                py::arg("first"), py::arg("last"), py::arg("max_tokens"), py::arg("short_probability"), py::arg("key"),
                R"(Return the pairs of texts that documents `first` to before `last` are cut into, int32 [n, 4].

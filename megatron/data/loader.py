@@ -23,7 +23,8 @@ class Batch:
 
     position_ids: int64 [b, s], or None for 0 to s - 1 in every row. segment_ids: int32 [b, s], the documents that
     attention must not leave, or None where every row is one text. index: the number of the micro-batch in the global
-    batch, the same on any data-parallel size; it keys the dropout masks.
+    batch, the same on any data-parallel size; it keys the dropout masks. segment_lengths: of each row's segments, which
+    are runs of one id, for kernels that cut the sequence: known here, they need not be read back from a device.
     """
 
     tokens: Tensor
@@ -32,6 +33,7 @@ class Batch:
     position_ids: Tensor | None
     index: int
     segment_ids: Tensor | None = None
+    segment_lengths: tuple[tuple[int, ...], ...] | None = None
 
     def to(self, device: torch.device) -> "Batch":
         """Copy to a device; asynchronously where the memory is pinned."""
@@ -42,6 +44,36 @@ class Batch:
             position_ids=_to(self.position_ids, device),
             index=self.index,
             segment_ids=_to(self.segment_ids, device),
+            segment_lengths=self.segment_lengths,
+        )
+
+
+@dataclass(frozen=True)
+class Padding:
+    """Makes the samples of a micro-batch equally long: by their length, whatever tokens they hold.
+
+    `token` fills up. The length is that of the longest sample, rounded up to `multiple`, and at most `limit`; or always
+    `limit`, with `to_limit`. Padding is a segment of its own and counts nothing.
+    """
+
+    token: int
+    limit: int
+    to_limit: bool = True
+    multiple: int = 1
+
+    def apply(self, samples: list[Sample]) -> list[Sample]:
+        longest = self.limit if self.to_limit else max(len(sample.loss_mask) for sample in samples)
+        length = min(self.limit, -(-longest // self.multiple) * self.multiple)
+        return [self._padded(sample, length - len(sample.loss_mask)) for sample in samples]
+
+    def _padded(self, sample: Sample, missing: int) -> Sample:
+        assert missing >= 0, "a sample is longer than --seq_length"
+        positions, segments = sample.position_ids, sample.segment_ids
+        return Sample(
+            np.concatenate([sample.tokens, np.full(missing, self.token, dtype=np.int64)]),
+            np.concatenate([sample.loss_mask, np.zeros(missing, dtype=np.float32)]),
+            None if positions is None else np.concatenate([positions, np.arange(missing, dtype=np.int64)]),
+            None if segments is None else np.concatenate([segments, np.full(missing, segments[-1] + 1, np.int32)]),
         )
 
 
@@ -57,8 +89,12 @@ def batches_for_step(
     data_parallel_rank: int,
     data_parallel_size: int,
     num_microbatches: int,
+    padding: Padding | None = None,
 ) -> list[Batch]:
-    """Return this rank's micro-batches of the step that starts after `consumed_samples`, in order."""
+    """Return this rank's micro-batches of the step that starts after `consumed_samples`, in order.
+
+    Without `padding` all samples of the dataset have one length.
+    """
     needed = consumed_samples + micro_batch_size * data_parallel_size * num_microbatches
     if needed > len(dataset):
         raise DataError(
@@ -73,21 +109,41 @@ def batches_for_step(
         num_microbatches=num_microbatches,
     )
     return [
-        _collate([dataset[index] for index in samples], number * data_parallel_size + data_parallel_rank)
+        _collate(
+            [_text(dataset, index) for index in samples], number * data_parallel_size + data_parallel_rank, padding
+        )
         for number, samples in enumerate(indices)
     ]
 
 
-def _collate(samples: list[Sample], index: int) -> Batch:
+def _text(dataset: SampleSource, index: int) -> Sample:
+    sample = dataset[index]
+    assert isinstance(sample, Sample)
+    return sample
+
+
+def _collate(samples: list[Sample], index: int, padding: Padding | None) -> Batch:
+    if padding is not None:
+        samples = padding.apply(samples)
     tokens = np.stack([sample.tokens for sample in samples])
+    segments = [sample.segment_ids for sample in samples]
     return Batch(
         tokens=torch.from_numpy(np.ascontiguousarray(tokens[:, :-1])),
         labels=torch.from_numpy(np.ascontiguousarray(tokens[:, 1:])),
         loss_mask=torch.from_numpy(np.stack([sample.loss_mask for sample in samples])),
         position_ids=_stacked([sample.position_ids for sample in samples]),
         index=index,
-        segment_ids=_stacked([sample.segment_ids for sample in samples]),
+        segment_ids=_stacked(segments),
+        segment_lengths=None
+        if segments[0] is None
+        else tuple(_run_lengths(row) for row in segments if row is not None),
     )
+
+
+def _run_lengths(ids: np.ndarray) -> tuple[int, ...]:
+    """ids: [s] -> the lengths of its runs of equal numbers."""
+    ends = np.flatnonzero(np.diff(ids)) + 1
+    return tuple(np.diff(ends, prepend=0, append=len(ids)).tolist())
 
 
 def _stacked(rows: list[np.ndarray | None]) -> Tensor | None:
@@ -114,9 +170,10 @@ class StepLoader:
         data_parallel_size: int,
         num_microbatches: int,
         num_workers: int = 2,
+        padding: Padding | None = None,
     ):
         self.consumed_samples = consumed_samples
-        self._dataset = dataset
+        self._dataset, self._padding = dataset, padding
         self._micro_batch_size = micro_batch_size
         self._data_parallel_rank = data_parallel_rank
         self._data_parallel_size = data_parallel_size
@@ -166,4 +223,5 @@ class StepLoader:
             data_parallel_rank=self._data_parallel_rank,
             data_parallel_size=self._data_parallel_size,
             num_microbatches=self._num_microbatches,
+            padding=self._padding,
         )

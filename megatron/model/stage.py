@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from megatron.core.random import DropoutStreams
 from megatron.core.recompute import RecomputePolicy
 from megatron.core.topology import Axis
-from megatron.model.attention_kernels import AttentionKernel, AttentionPattern, sdpa_attention
+from megatron.model.attention_kernels import AttentionKernel, AttentionPattern, SegmentLengths, sdpa_attention
 from megatron.model.bert import BertHead, BertLogits
 from megatron.model.block import TransformerLayer
 from megatron.model.config import ModelConfig
@@ -82,17 +82,20 @@ class Stage(nn.Module):
         streams: DropoutStreams | None = None,
         *,
         segment_ids: Tensor | None = None,
+        segment_lengths: SegmentLengths | None = None,
         token_types: Tensor | None = None,
     ) -> Tensor | BertLogits:
         """`seq_length` is s, also where x holds a part of it. No `streams`: no dropout.
 
         position_ids, segment_ids, token_types: [b, s]; None: 0, 1, 2, ..., one segment in a row, type 0. Tokens attend
-        to their own segment.
+        to their own segment; where segments are runs, segment_lengths says how long each of a row's is.
         """
         if self.embedding is not None:
             x = self.embedding(x, position_ids, token_types, streams)
         rotary = None if self.rope is None else self.rope.table(seq_length, position_ids, x)
-        pattern = self.pattern if segment_ids is None else replace(self.pattern, segment_ids=segment_ids)
+        pattern = self.pattern
+        if segment_ids is not None:
+            pattern = replace(pattern, segment_ids=segment_ids, segment_lengths=segment_lengths)
         for group, call in self.recompute.groups(len(self.layers)):
             x = call(self._run_layers, group, x, rotary, pattern, streams)
         return x if self.head is None else self.head(x)

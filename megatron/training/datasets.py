@@ -18,6 +18,7 @@ from megatron.data.blend import (
 )
 from megatron.data.gpt import DocumentBounds, GPTDataset
 from megatron.data.indexed import IndexedDataset, default_cache_path
+from megatron.data.loader import Padding
 from megatron.data.object_store import ObjectStore
 from megatron.data.preprocess import tokenize_file
 from megatron.data.sample import TrainingData
@@ -26,6 +27,7 @@ from megatron.data.splits import SPLIT_NAMES, parse_split, split_documents
 from megatron.errors import ConfigError, DataError
 from megatron.tokenizer import Tokenizer
 from megatron.training.checkpointing import Progress
+from megatron.training.instruct_datasets import InstructionSources, instruction_padding
 
 VALIDATION, TEST = "validation", "test"
 
@@ -37,13 +39,16 @@ class RunDatasets:
     """`validation` and `test` by the name they are logged under; empty where the run has none.
 
     `num_samples` is how many of each were asked for. A checkpoint records it, because the order of training
-    samples depends on it; the datasets may have more, up to a whole epoch.
+    samples depends on it; the datasets may have more, up to a whole epoch. `padding` is for samples that differ in
+    length. `about` tells more of the training data.
     """
 
     train: TrainingData
     validation: NamedData = field(default_factory=dict)
     test: NamedData = field(default_factory=dict)
     num_samples: Mapping[str, int] = field(default_factory=dict)
+    padding: Padding | None = None
+    about: tuple[str, ...] = ()
 
 
 def build_datasets(run: RunConfig, tokenizer: Tokenizer, start: Progress) -> RunDatasets:
@@ -67,7 +72,9 @@ def build_datasets(run: RunConfig, tokenizer: Tokenizer, start: Progress) -> Run
         train = builder.build(parse_blend("--train_data_path", data.train_data_path), num_train, is_training=True)
         validation = builder.named("--valid_data_path", data.valid_data_path, VALIDATION, num_eval)
         test = builder.named("--test_data_path", data.test_data_path, TEST, num_eval)
-    return RunDatasets(train, validation, test, dict(zip(SPLIT_NAMES, wanted, strict=True)))
+    padding = instruction_padding(run, tokenizer) if data.data_type == "instruction" else None
+    num_samples = dict(zip(SPLIT_NAMES, wanted, strict=True))
+    return RunDatasets(train, validation, test, num_samples, padding, builder.instructions.about)
 
 
 def describe_continuation(datasets: RunDatasets, recorded: Mapping[str, object]) -> str | None:
@@ -95,6 +102,7 @@ class _Builder:
         self.run, self.tokenizer = run, tokenizer
         self.cache_path = None if run.data.data_cache_path is None else Path(run.data.data_cache_path)
         self.store = ObjectStore(self.cache_path)
+        self.instructions = InstructionSources(run, self.cache_path, self.store)
         self.bounds = DocumentBounds(
             reset_positions=run.data.reset_position_ids,
             reset_attention=run.data.reset_attention_mask,
@@ -143,6 +151,8 @@ class _Builder:
                 return range(num_documents)
             return split_documents(parse_split(data.split), num_documents)[split]
 
+        if data.data_type == "instruction":
+            return self.instructions.build(blend, documents, num_samples, max_epochs, is_training=is_training)
         members = [self._member(path) for path in blend.paths]
         if len(members) == 1 and max_epochs is None:
             indexed = members[0].open()
@@ -169,6 +179,8 @@ class _Builder:
         return BlendedDataset(members, request, self.bounds, self.cache_path or default_cache_path(blend.paths[0]))
 
     def _member(self, path: str) -> Member:
+        if self.run.data.data_type == "instruction":
+            return self.instructions.member(path)
         if Path(path).suffix not in TEXT_SUFFIXES:
             return Member(path, partial(IndexedDataset, path, self.store), self.store)
         indexed = open_data(

@@ -24,7 +24,10 @@ from megatron.training.build import PipelineParts
 
 @dataclass
 class LossSums:
-    """Summed over this rank's micro-batches, in float64; zero on ranks that do not hold the last stage."""
+    """Summed over this rank's micro-batches, in float64; zero on ranks that do not hold the last stage.
+
+    `valid_tokens` is the sum of the labels' weights: their number, where all weights are 0 or 1.
+    """
 
     loss: Tensor
     valid_tokens: Tensor
@@ -55,7 +58,14 @@ class MicrobatchForward:
         batch, stage = self.batches[microbatch], self.stages[number]
         streams = None if self.streams is None else self.streams[microbatch]
         stage_input = batch.tokens if x is None else x
-        output = stage(stage_input, batch.tokens.shape[1], batch.position_ids, streams, segment_ids=batch.segment_ids)
+        output = stage(
+            stage_input,
+            batch.tokens.shape[1],
+            batch.position_ids,
+            streams,
+            segment_ids=batch.segment_ids,
+            segment_lengths=batch.segment_lengths,
+        )
         if not stage.is_last:
             return output
         labels, mask = batch.labels.t(), batch.loss_mask.t()
@@ -65,7 +75,7 @@ class MicrobatchForward:
         # A label that does not count may have any loss, so it is left out, not multiplied by zero.
         loss = torch.where(mask > 0, losses * mask, 0.0).sum()
         self.sums.loss += loss.detach()
-        self.sums.valid_tokens += mask.sum()
+        self.sums.valid_tokens += mask.sum(dtype=torch.float64)  # weights need not be whole numbers
         return loss
 
 
@@ -92,14 +102,14 @@ class Pipeline:
     def train(self, batches: Sequence[Batch], streams: Sequence[DropoutStreams]) -> LossSums:
         """Forward and backward over all micro-batches; the gradients are left to `DataParallel.finish_gradients`."""
         forward = MicrobatchForward(self.parts.stages, self.topology, batches, streams)
-        self._executor(len(batches), training=True).run(forward, self._wire(batches[0]), self._before_backward)
+        self._executor(len(batches), training=True).run(forward, self._wire(batches), self._before_backward)
         return forward.sums
 
     @torch.no_grad()
     def evaluate(self, batches: Sequence[Batch]) -> LossSums:
         """Forward only, without dropout."""
         forward = MicrobatchForward(self.parts.stages, self.topology, batches, streams=None)
-        self._executor(len(batches), training=False).run(forward, self._wire(batches[0]))
+        self._executor(len(batches), training=False).run(forward, self._wire(batches))
         return forward.sums
 
     def _executor(self, num_microbatches: int, *, training: bool) -> PipelineExecutor:
@@ -116,10 +126,10 @@ class Pipeline:
             self._executors[key] = PipelineExecutor(lower(schedule, self.parts.costs), self.topology.pp.rank)
         return self._executors[key]
 
-    def _wire(self, batch: Batch) -> Wire:
-        micro_batch_size, seq_length = batch.tokens.shape
-        shape = (seq_length // self.sequence_shards, micro_batch_size, self.model_config.hidden_size)
-        return Wire(self.topology.pp, shape, self.compute_dtype, self.topology.device)
+    def _wire(self, batches: Sequence[Batch]) -> Wire:
+        lengths = [batch.tokens.shape[1] // self.sequence_shards for batch in batches]
+        shape = (lengths[0], batches[0].tokens.shape[0], self.model_config.hidden_size)
+        return Wire(self.topology.pp, shape, self.compute_dtype, self.topology.device, lengths)
 
     def _before_backward(self, number: int, is_last: bool) -> None:
         chunk = self.parts.placement.stages_of(self.topology.pp.rank).index(number)

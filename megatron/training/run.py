@@ -154,8 +154,6 @@ def choose_kernel(run: RunConfig, device: torch.device) -> AttentionKernel:
         reason = "flash-attn needs --bf16"
     elif importlib.util.find_spec("flash_attn") is None:
         reason = "the flash-attn package is not installed"
-    elif run.data.reset_attention_mask:
-        reason = "flash-attn would attend across documents, and --reset_attention_mask keeps them apart"
     else:
         return flash_attention
     logger.warning("--use_flash_attn: %s; PyTorch's scaled_dot_product_attention is used instead", reason)
@@ -206,7 +204,8 @@ def _keep_tokenizer(run: RunConfig, tokenizer: Tokenizer, topology: Topology) ->
     if save is None:
         return TokenizerIdentity(tokenizer.name, path, tokenizer.identity.file_sha256)
     folder = Path(save) / TOKENIZER_FOLDER
-    on_first_rank(topology.world, lambda: _copy_files(tokenizer_files(Path(path)), folder))
+    merge_file = None if run.tokenizer.merge_file is None else Path(run.tokenizer.merge_file)
+    on_first_rank(topology.world, lambda: _copy_files(tokenizer_files(Path(path), merge_file), folder))
     return TokenizerIdentity(tokenizer.name, str(folder.absolute()), tokenizer.identity.file_sha256)
 
 

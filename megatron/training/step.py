@@ -22,7 +22,10 @@ from megatron.training.gradients import sum_shared_gradients
 
 @dataclass(frozen=True)
 class StepResult:
-    """Alike on all ranks. `loss` is in nats per valid token, `grad_norm` is the norm before clipping."""
+    """Alike on all ranks. `loss` is in nats per valid token, `grad_norm` is the norm before clipping.
+
+    `valid_tokens` is the sum of the labels' weights, rounded.
+    """
 
     loss: float
     grad_norm: float
@@ -57,10 +60,10 @@ class TrainStep:
         """
         self.data_parallel.finish_gradients()
         sum_shared_gradients(self.data_parallel.shards, self.topology)
-        loss, valid_tokens, (square,) = totals(sums, self.topology, self.gradient_norm.local_square())
-        scale = 1.0 / max(valid_tokens, 1)
+        loss, weight, (square,) = totals(sums, self.topology, self.gradient_norm.local_square())
+        scale = 1.0 / (weight or 1.0)
         norm = math.sqrt(square) * scale
-        return StepResult(loss, norm, valid_tokens), clip_factor(norm, self.clip_grad) * scale
+        return StepResult(loss, norm, round(weight)), clip_factor(norm, self.clip_grad) * scale
 
     def update(self, factor: float, lr: float) -> None:
         """Updates the weights with the finished gradients times `factor`, and clears them."""
@@ -77,12 +80,12 @@ class TrainStep:
             )
 
 
-def totals(sums: LossSums, topology: Topology, *others: Tensor) -> tuple[float, int, list[float]]:
-    """The loss per valid token over all ranks (0.0 if there is none), the number of valid tokens, and sums of `others`.
+def totals(sums: LossSums, topology: Topology, *others: Tensor) -> tuple[float, float, list[float]]:
+    """The loss per valid token over all ranks (0.0 if there is none), the weight of valid tokens, and sums of `others`.
 
     One small collective and one wait for the device, whatever is summed.
     """
     is_counted = topology.tp.is_first  # tensor ranks compute the same losses
     own = torch.stack((sums.loss * is_counted, sums.valid_tokens * is_counted, *others))
-    loss, valid_tokens, *rest = all_reduce(own, topology.world).tolist()
-    return loss / max(valid_tokens, 1.0), int(valid_tokens), rest
+    loss, weight, *rest = all_reduce(own, topology.world).tolist()
+    return loss / (weight or 1.0), weight, rest

@@ -45,6 +45,7 @@ def startup_summary(
         ("optimizer", _optimizer(run)),
         ("lr", _learning_rate(run)),
         ("data", _data(run, datasets)),
+        *(("", text) for text in datasets.about),
         ("evaluation", _evaluation(run, datasets)),
         ("load", _load(run)),
         ("save", _save(run, layers, schedule)),
@@ -98,9 +99,10 @@ def _device(device: torch.device) -> str:
 
 def _batch(run: RunConfig) -> str:
     training, seq_length = run.training, run.data.seq_length
+    most = "at most " if run.data.variable_seq_lengths else ""
     return (
         f"{training.global_batch_size} samples = {run.num_microbatches} micro-batches of {training.micro_batch_size} "
-        f"x DP{run.layout.dp}; {seq_length} tokens a sample, {training.global_batch_size * seq_length} a step"
+        f"x DP{run.layout.dp}; {most}{seq_length} tokens a sample, {training.global_batch_size * seq_length} a step"
     )
 
 

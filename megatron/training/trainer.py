@@ -48,6 +48,7 @@ class Trainer:
             "data_parallel_size": topology.dp.size,
             "num_microbatches": run.num_microbatches,
         }
+        self._padding = datasets.padding
 
     def fit(self, progress: Progress) -> Progress:
         """Runs the loop and returns where it ended. Every rank calls it together."""
@@ -55,7 +56,11 @@ class Trainer:
         # What was loaded from elsewhere is not saved yet, even if there is nothing to train.
         saved = progress if self.run.checkpoint.load == self.run.checkpoint.save else None
         loader = StepLoader(
-            self.datasets.train, progress.consumed_samples, num_workers=self.run.data.num_workers, **self._batching
+            self.datasets.train,
+            progress.consumed_samples,
+            num_workers=self.run.data.num_workers,
+            padding=self._padding,
+            **self._batching,
         )
         with stop_on_sigterm(self.topology, self._has_save_failed) as stop, loader, self._save_in_flight():
             while progress.iteration < self.run.training.train_iters:
@@ -85,11 +90,11 @@ class Trainer:
             if stop.agree():
                 return
             start = number * self.run.training.global_batch_size
-            batches = batches_for_step(dataset, start, **self._batching)
+            batches = batches_for_step(dataset, start, padding=self._padding, **self._batching)
             sums += self.step.pipeline.evaluate([batch.to(self.topology.device) for batch in batches])
         self.step.data_parallel.refresh()  # ZeRO: the weights gathered for evaluating need not stay
-        loss, valid_tokens, _ = totals(sums, self.topology)
-        self.log.evaluation(EvaluationMetrics(name, iteration, loss, math.exp(min(loss, 700.0)), valid_tokens))
+        loss, weight, _ = totals(sums, self.topology)
+        self.log.evaluation(EvaluationMetrics(name, iteration, loss, math.exp(min(loss, 700.0)), round(weight)))
 
     def _step(self, loader: StepLoader, clock: StepClock, progress: Progress) -> Progress:
         iteration = progress.iteration + 1

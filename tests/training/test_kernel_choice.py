@@ -22,9 +22,11 @@ def installed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: spec)
 
 
-def test_flash_attn_is_used_where_it_is_asked_for_and_computes_windows_too(installed: None) -> None:
+def test_flash_attn_is_used_where_it_is_asked_for_and_computes_windows_and_segments_too(
+    installed: None,
+) -> None:
     assert choose_kernel(small_run(bf16=None), CUDA) is sdpa_attention
-    for more in ({}, {"sliding_window_size": 16}):
+    for more in ({}, {"sliding_window_size": 16}, {"reset_attention_mask": None}):
         assert choose_kernel(small_run(bf16=None, use_flash_attn=None, **more), CUDA) is flash_attention
 
 
@@ -33,11 +35,6 @@ def test_flash_attn_is_used_where_it_is_asked_for_and_computes_windows_too(insta
     [
         ("cpu", {"bf16": None}, "flash-attn needs a GPU"),
         ("cuda", {}, "flash-attn needs --bf16"),
-        (
-            "cuda",
-            {"bf16": None, "reset_attention_mask": None},
-            "flash-attn would attend across documents, and --reset_attention_mask keeps them apart",
-        ),
     ],
 )
 def test_where_it_cannot_be_the_reason_is_said(

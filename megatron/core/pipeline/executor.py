@@ -107,7 +107,7 @@ class _RunState:
             work.wait()
 
     def receive(self, action: Action, peer: int) -> None:
-        self.arriving[action.carries] = self.wire.receive(peer)
+        self.arriving[action.carries] = self.wire.receive(peer, action.microbatch)
 
     def finish(self) -> None:
         for _, work in self.leaving:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,12 +14,17 @@ from megatron.core.topology import Axis
 
 @dataclass(frozen=True)
 class Wire:
-    """What travels between stages in one run: hidden states of one shape and type, and their gradients."""
+    """What travels between stages in one run: hidden states of one shape and type, and their gradients.
+
+    `lengths` are those of the first dimension for each micro-batch, where they are not all that of `shape`: every stage
+    knows them, so that shapes need not travel.
+    """
 
     axis: Axis
     shape: tuple[int, ...]
     dtype: torch.dtype
     device: torch.device
+    lengths: Sequence[int] | None = None
 
     def send(self, tensor: Tensor, peer: int) -> dist.Work:
         """Starts sending to pipeline rank `peer`. The tensor must live until the work is done."""
@@ -26,9 +32,10 @@ class Wire:
         assert work is not None
         return work
 
-    def receive(self, peer: int) -> tuple[Tensor, dist.Work]:
+    def receive(self, peer: int, microbatch: int) -> tuple[Tensor, dist.Work]:
         """Posts a receive from pipeline rank `peer`; wait on the work before reading the tensor."""
-        tensor = torch.empty(self.shape, dtype=self.dtype, device=self.device)
+        shape = self.shape if self.lengths is None else (self.lengths[microbatch], *self.shape[1:])
+        tensor = torch.empty(shape, dtype=self.dtype, device=self.device)
         work = dist.irecv(tensor, self.axis.global_ranks[peer], group=self.axis.group)
         assert work is not None
         return tensor, work
