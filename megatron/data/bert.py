@@ -54,7 +54,8 @@ class BertDataset:
     """Samples of two texts from documents of sentences: ``[CLS] first [SEP] second [SEP]`` and padding.
 
     The texts are neighbours in one document, or, of every second sample, the second is from another document of the
-    same range. Raises DataError where there are no two sentences, or no other document.
+    same range. Epochs differ by a few samples; `samples_per_epoch` is of the
+    first. Raises DataError where there are no two sentences, or no other document.
     """
 
     def __init__(
@@ -72,7 +73,8 @@ class BertDataset:
             "num_samples": request.num_samples,
         }
         folder = cache_path if cache_path is not None else default_cache_path(indexed.prefix)
-        self.pair_index = cached_arrays(folder, "bert", key, lambda: _build(indexed, request))["pair_index"]
+        arrays = cached_arrays(folder, "bert", key, lambda: _build(indexed, request))
+        self.pair_index, self.samples_per_epoch = arrays["pair_index"], int(arrays["samples_per_epoch"])
         self._samples_key = stream(request.seed, _SAMPLES)
 
     def __len__(self) -> int:
@@ -182,7 +184,7 @@ def _build(indexed: IndexedDataset, request: PairRequest) -> Arrays:
         )
     while sum(map(len, epochs)) < request.num_samples:
         epochs.append(_epoch(indexed, request, len(epochs)))
-    return {"pair_index": np.concatenate(epochs)}
+    return {"pair_index": np.concatenate(epochs), "samples_per_epoch": np.array(len(epochs[0]))}
 
 
 def _epoch(indexed: IndexedDataset, request: PairRequest, epoch: int) -> np.ndarray:

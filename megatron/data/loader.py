@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from megatron.data.sample import Sample, SampleSource
+from megatron.data.sample import PairSample, Sample, SampleSource
 from megatron.data.sampler import microbatch_indices
 from megatron.errors import DataError
 
@@ -25,6 +25,9 @@ class Batch:
     attention must not leave, or None where every row is one text. index: the number of the micro-batch in the global
     batch, the same on any data-parallel size; it keys the dropout masks. segment_lengths: of each row's segments, which
     are runs of one id, for kernels that cut the sequence: known here, they need not be read back from a device.
+
+    BERT's pairs of texts: token_types int64 [b, s], which text a token is of; is_random int64 [b], whether the second
+    text did not follow the first. Their labels are the tokens before some were hidden.
     """
 
     tokens: Tensor
@@ -34,6 +37,8 @@ class Batch:
     index: int
     segment_ids: Tensor | None = None
     segment_lengths: tuple[tuple[int, ...], ...] | None = None
+    token_types: Tensor | None = None
+    is_random: Tensor | None = None
 
     def to(self, device: torch.device) -> "Batch":
         """Copy to a device; asynchronously where the memory is pinned."""
@@ -45,6 +50,8 @@ class Batch:
             index=self.index,
             segment_ids=_to(self.segment_ids, device),
             segment_lengths=self.segment_lengths,
+            token_types=_to(self.token_types, device),
+            is_random=_to(self.is_random, device),
         )
 
 
@@ -109,22 +116,20 @@ def batches_for_step(
         num_microbatches=num_microbatches,
     )
     return [
-        _collate(
-            [_text(dataset, index) for index in samples], number * data_parallel_size + data_parallel_rank, padding
-        )
+        _collate([dataset[index] for index in samples], number * data_parallel_size + data_parallel_rank, padding)
         for number, samples in enumerate(indices)
     ]
 
 
-def _text(dataset: SampleSource, index: int) -> Sample:
-    sample = dataset[index]
-    assert isinstance(sample, Sample)
-    return sample
+def _collate(samples: list[Sample | PairSample], index: int, padding: Padding | None) -> Batch:
+    pairs = [sample for sample in samples if isinstance(sample, PairSample)]
+    if pairs:
+        return _collate_pairs(pairs, index)
+    texts = [sample for sample in samples if isinstance(sample, Sample)]
+    return _collate_texts(texts if padding is None else padding.apply(texts), index)
 
 
-def _collate(samples: list[Sample], index: int, padding: Padding | None) -> Batch:
-    if padding is not None:
-        samples = padding.apply(samples)
+def _collate_texts(samples: list[Sample], index: int) -> Batch:
     tokens = np.stack([sample.tokens for sample in samples])
     segments = [sample.segment_ids for sample in samples]
     return Batch(
@@ -137,6 +142,21 @@ def _collate(samples: list[Sample], index: int, padding: Padding | None) -> Batc
         segment_lengths=None
         if segments[0] is None
         else tuple(_run_lengths(row) for row in segments if row is not None),
+    )
+
+
+def _collate_pairs(samples: list[PairSample], index: int) -> Batch:
+    """All are of one length, padding included."""
+    return Batch(
+        tokens=torch.from_numpy(np.stack([sample.tokens for sample in samples])),
+        labels=torch.from_numpy(np.stack([sample.labels for sample in samples])),
+        loss_mask=torch.from_numpy(np.stack([sample.loss_mask for sample in samples])),
+        position_ids=None,
+        index=index,
+        segment_ids=torch.from_numpy(np.stack([sample.segment_ids for sample in samples])),
+        segment_lengths=tuple(_run_lengths(sample.segment_ids) for sample in samples),
+        token_types=torch.from_numpy(np.stack([sample.token_types for sample in samples])),
+        is_random=torch.tensor([int(sample.is_random) for sample in samples]),
     )
 
 

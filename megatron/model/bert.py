@@ -94,7 +94,14 @@ class VocabularyBias(ShardedModule):
         return logits + self.weight
 
 
-def bert_loss(
+class BertLosses(NamedTuple):
+    """Sums over a micro-batch, in nats: of masked tokens, and of sentences, one of each sample."""
+
+    tokens: Tensor
+    sentences: Tensor
+
+
+def bert_losses(
     logits: BertLogits,
     labels: Tensor,
     loss_mask: Tensor,
@@ -102,16 +109,11 @@ def bert_loss(
     axis: Axis,
     *,
     vocab_size: int,
-    sentence_weight: float,
     compile: bool = False,
-) -> Tensor:
-    """The sum of the losses of masked tokens and, `sentence_weight` times, of sentences; consumes the logits.
-
-    labels, loss_mask: [b, s], 1 where a token was masked; is_random: [b], 1 where the second text did not follow.
-    Divided by the masked tokens of the whole global batch it is BERT's loss, mean over tokens plus mean over
-    sentences, when `sentence_weight` is the number of masked tokens of the global batch for each of its samples.
-    """
+) -> BertLosses:
+    """Consumes the logits. labels, loss_mask: [b, s], 1 where a token is to be restored; is_random: int64 [b]."""
     per_token = vocab_parallel_cross_entropy(logits.tokens, labels.t(), axis, vocab_size=vocab_size, compile=compile)
     mask, two = loss_mask.t(), logits.next_sentence
     sentences = F.cross_entropy(two.float() if two.dtype.itemsize < 4 else two, is_random, reduction="sum")
-    return torch.where(mask > 0, per_token * mask, 0.0).sum() + sentence_weight * sentences
+    # A label that does not count may have any loss, so it is left out, not multiplied by zero.
+    return BertLosses(torch.where(mask > 0, per_token * mask, 0.0).sum(), sentences)

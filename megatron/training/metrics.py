@@ -25,6 +25,7 @@ class StepMetrics:
     The times are means over the steps since the last logged one. `tokens_per_s` is of the whole job, padding and
     masked tokens included; `tflops_per_gpu` counts the model's operations without recomputation, per process.
     `memory_gib` is the peak of the process that reports. `eta_s` is None as long as only one step has run.
+    `sentence_loss` is of a BERT, whose `lm_loss` is of masked tokens and which trains on the sum of both; else None.
     """
 
     iteration: int
@@ -38,17 +39,22 @@ class StepMetrics:
     tflops_per_gpu: float
     memory_gib: float
     eta_s: float | None
+    sentence_loss: float | None = None
 
 
 @dataclass(frozen=True)
 class EvaluationMetrics:
-    """One evaluation after `iteration` steps: `name` is "validation" or "test", `lm_loss` in nats per valid token."""
+    """One evaluation after `iteration` steps: `name` is "validation" or "test", `lm_loss` in nats per valid token.
+
+    `sentence_loss`, of a BERT, is in nats per sample.
+    """
 
     name: str
     iteration: int
     lm_loss: float
     perplexity: float
     valid_tokens: int
+    sentence_loss: float | None = None
 
 
 class StepClock:
@@ -99,6 +105,7 @@ class StepClock:
             tflops_per_gpu=tokens_per_s * self._flops_per_token / self._run.world_size / 1e12,
             memory_gib=peak_memory_bytes(self._device) / GIB,
             eta_s=self._eta_s(progress.iteration),
+            sentence_loss=result.sentence_loss,
         )
 
     def _eta_s(self, iteration: int) -> float | None:

@@ -5,6 +5,7 @@ metrics.jsonl lies in the --save folder and has one JSON object a line, each wit
     a logged step   the fields of `StepMetrics` under their names: lm_loss, learning_rate, grad_norm, ...
     an evaluation   validation_loss, validation_perplexity, validation_tokens; or test_loss, ...
 
+A BERT has sentence_loss as well, and validation_sentence_loss.
 Numbers have all their digits; what is not finite is null. A resumed run appends. Nothing is ever taken back,
 so a run that was killed after its last checkpoint leaves lines of iterations that its successor repeats:
 `read_metrics` returns the history that the last run continued.
@@ -97,6 +98,7 @@ class ConsoleSink:
     def step(self, metrics: StepMetrics) -> None:
         columns = [
             f"lm loss {metrics.lm_loss:9.6f}",
+            *_sentence_column(metrics.sentence_loss),
             f"lr {metrics.learning_rate:.3e}",
             f"grad norm {metrics.grad_norm:9.4g}",
             f"{_four_digits(metrics.step_time_s)} s/step",
@@ -110,6 +112,7 @@ class ConsoleSink:
         self._print(
             self._title(metrics.name, metrics.iteration),
             f"lm loss {metrics.lm_loss:9.6f}",
+            *_sentence_column(metrics.sentence_loss),
             f"perplexity {metrics.perplexity:.6g}",
             f"{metrics.valid_tokens} tokens",
         )
@@ -148,17 +151,18 @@ class JsonLinesSink:
             ) from error
 
     def step(self, metrics: StepMetrics) -> None:
-        self._write(asdict(metrics))
+        self._write(_without_absent(asdict(metrics), "sentence_loss"))
 
     def evaluation(self, metrics: EvaluationMetrics) -> None:
-        self._write(
-            {
-                "iteration": metrics.iteration,
-                f"{metrics.name}_loss": metrics.lm_loss,
-                f"{metrics.name}_perplexity": metrics.perplexity,
-                f"{metrics.name}_tokens": metrics.valid_tokens,
-            }
-        )
+        sentence_loss = f"{metrics.name}_sentence_loss"
+        line: Line = {
+            "iteration": metrics.iteration,
+            f"{metrics.name}_loss": metrics.lm_loss,
+            f"{metrics.name}_perplexity": metrics.perplexity,
+            f"{metrics.name}_tokens": metrics.valid_tokens,
+            sentence_loss: metrics.sentence_loss,
+        }
+        self._write(_without_absent(line, sentence_loss))
 
     def message(self, text: str) -> None:
         pass
@@ -193,6 +197,8 @@ class TensorBoardSink:
     def evaluation(self, metrics: EvaluationMetrics) -> None:
         self._writer.add_scalar(f"{metrics.name}/lm_loss", metrics.lm_loss, metrics.iteration)
         self._writer.add_scalar(f"{metrics.name}/perplexity", metrics.perplexity, metrics.iteration)
+        if metrics.sentence_loss is not None:
+            self._writer.add_scalar(f"{metrics.name}/sentence_loss", metrics.sentence_loss, metrics.iteration)
         self._writer.flush()
 
     def message(self, text: str) -> None:
@@ -229,6 +235,11 @@ def to_json(line: Line) -> str:
     return json.dumps(finite, allow_nan=False)
 
 
+def _without_absent(line: Line, key: str) -> Line:
+    """Other models have no such figure, where null would mean one that is not finite."""
+    return {name: value for name, value in line.items() if name != key or value is not None}
+
+
 def _remove_unfinished_line(path: Path) -> None:
     if not path.exists():
         return
@@ -248,6 +259,10 @@ def _summary_writer(folder: str, first_iteration: int) -> SummaryWriter:
             f"--tensorboard_dir {folder} cannot be written ({error.strerror}); choose another folder.",
             this_rank_only=True,
         ) from error
+
+
+def _sentence_column(sentence_loss: float | None) -> tuple[str, ...]:
+    return () if sentence_loss is None else (f"sentence loss {sentence_loss:9.6f}",)
 
 
 def _four_digits(value: float) -> str:

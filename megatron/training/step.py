@@ -24,12 +24,14 @@ from megatron.training.gradients import sum_shared_gradients
 class StepResult:
     """Alike on all ranks. `loss` is in nats per valid token, `grad_norm` is the norm before clipping.
 
-    `valid_tokens` is the sum of the labels' weights, rounded.
+    `valid_tokens` is the sum of the labels' weights, rounded. `sentence_loss` is a BERT's, in nats per sample: it
+    trains on the sum of both losses, each a mean over the whole global batch.
     """
 
     loss: float
     grad_norm: float
     valid_tokens: int
+    sentence_loss: float | None = None
 
 
 class TrainStep:
@@ -60,10 +62,11 @@ class TrainStep:
         """
         self.data_parallel.finish_gradients()
         sum_shared_gradients(self.data_parallel.shards, self.topology)
-        loss, weight, (square,) = totals(sums, self.topology, self.gradient_norm.local_square())
-        scale = 1.0 / (weight or 1.0)
+        total, (square,) = totals(sums, self.topology, self.gradient_norm.local_square())
+        scale = 1.0 / (total.weight or 1.0)
         norm = math.sqrt(square) * scale
-        return StepResult(loss, norm, round(weight)), clip_factor(norm, self.clip_grad) * scale
+        result = StepResult(total.loss, norm, round(total.weight), total.sentence_loss)
+        return result, clip_factor(norm, self.clip_grad) * scale
 
     def update(self, factor: float, lr: float) -> None:
         """Updates the weights with the finished gradients times `factor`, and clears them."""
@@ -73,19 +76,30 @@ class TrainStep:
         self.data_parallel.zero_gradients()
 
     def _check_finite(self, result: StepResult, iteration: int) -> None:
-        if not (abs(result.loss) < float("inf") and result.grad_norm < float("inf")):
+        losses = result.loss + (result.sentence_loss or 0.0)
+        if not (abs(losses) < float("inf") and result.grad_norm < float("inf")):
             raise TrainingError(
-                f"iteration {iteration}: loss {result.loss}, gradient norm {result.grad_norm}: not finite, so nothing "
+                f"iteration {iteration}: loss {losses}, gradient norm {result.grad_norm}: not finite, so nothing "
                 "was updated; resume from the last checkpoint with a lower --lr or another --seed, or look at the data."
             )
 
 
-def totals(sums: LossSums, topology: Topology, *others: Tensor) -> tuple[float, float, list[float]]:
-    """The loss per valid token over all ranks (0.0 if there is none), the weight of valid tokens, and sums of `others`.
+@dataclass(frozen=True)
+class Totals:
+    """Over all ranks: the loss per valid token (0.0 if there is none), the weight of valid tokens, and for a BERT the
+    loss per sample of its sentences."""
+
+    loss: float
+    weight: float
+    sentence_loss: float | None
+
+
+def totals(sums: LossSums, topology: Topology, *others: Tensor) -> tuple[Totals, list[float]]:
+    """The means of a global batch, and the sums of `others`.
 
     One small collective and one wait for the device, whatever is summed.
     """
     is_counted = topology.tp.is_first  # tensor ranks compute the same losses
-    own = torch.stack((sums.loss * is_counted, sums.valid_tokens * is_counted, *others))
-    loss, weight, *rest = all_reduce(own, topology.world).tolist()
-    return loss / (weight or 1.0), weight, rest
+    own = torch.stack((*(value * is_counted for value in sums), *others))
+    loss, weight, sentence_loss, num_sentences, *rest = all_reduce(own, topology.world).tolist()
+    return Totals(loss / (weight or 1.0), weight, sentence_loss / num_sentences if num_sentences else None), rest

@@ -93,8 +93,11 @@ class Trainer:
             batches = batches_for_step(dataset, start, padding=self._padding, **self._batching)
             sums += self.step.pipeline.evaluate([batch.to(self.topology.device) for batch in batches])
         self.step.data_parallel.refresh()  # ZeRO: the weights gathered for evaluating need not stay
-        loss, weight, _ = totals(sums, self.topology)
-        self.log.evaluation(EvaluationMetrics(name, iteration, loss, math.exp(min(loss, 700.0)), round(weight)))
+        total, _ = totals(sums, self.topology)
+        perplexity = math.exp(min(total.loss, 700.0))
+        self.log.evaluation(
+            EvaluationMetrics(name, iteration, total.loss, perplexity, round(total.weight), total.sentence_loss)
+        )
 
     def _step(self, loader: StepLoader, clock: StepClock, progress: Progress) -> Progress:
         iteration = progress.iteration + 1

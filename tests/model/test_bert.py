@@ -19,7 +19,7 @@ from megatron.core.pipeline.p2p import Wire
 from megatron.core.pipeline.schedules import build_schedule
 from megatron.core.tensor_parallel import shard_specs
 from megatron.core.topology import Axis, Topology
-from megatron.model.bert import BertLogits, bert_loss
+from megatron.model.bert import BertLogits, bert_losses
 from megatron.model.config import ModelConfig
 from megatron.model.stage import Stage, StageOptions
 from megatron.training.build import PipelineParts, build_parts, fill_weights
@@ -65,16 +65,8 @@ def num_masked(made: Sequence[BertBatch]) -> float:
 
 
 def loss_of(logits: BertLogits, batch: BertBatch, axis: Axis, config: ModelConfig, made: Sequence[BertBatch]) -> Tensor:
-    weight = num_masked(made) / sum(len(batch.tokens) for batch in made)
-    return bert_loss(
-        logits,
-        batch.labels,
-        batch.loss_mask,
-        batch.is_random,
-        axis,
-        vocab_size=config.vocab_size,
-        sentence_weight=weight,
-    )
+    losses = bert_losses(logits, batch.labels, batch.loss_mask, batch.is_random, axis, vocab_size=config.vocab_size)
+    return losses.tokens + num_masked(made) / sum(len(batch.tokens) for batch in made) * losses.sentences
 
 
 def run_stage(stage: Stage, x: Tensor, batch: BertBatch) -> Tensor | BertLogits:
