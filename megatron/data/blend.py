@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -24,6 +24,7 @@ from megatron.data.index_cache import Arrays, cached_arrays
 from megatron.data.index_file import HEADER, announced_sequences
 from megatron.data.indexed import IndexedDataset, name_of
 from megatron.data.object_store import ObjectStore
+from megatron.data.pieces import Piece
 from megatron.data.sample import Sample
 from megatron.data.source import check_vocabulary
 from megatron.errors import ConfigError, DataError
@@ -159,6 +160,11 @@ class BlendedDataset:
         if not 0 <= index < len(self):
             raise IndexError(f"sample {index} of a blend of {len(self)}")
         return self.datasets[self.dataset_index[index]][int(self.position_index[index])]
+
+    def pieces(self, index: int) -> list[Piece]:
+        number = int(self.dataset_index[index])
+        pieces = self.datasets[number].pieces(int(self.position_index[index]))
+        return [replace(piece, dataset=number) for piece in pieces]
 
     def has_same_order_for(self, num_samples: int | None) -> bool:
         """The blend of fewer samples is the beginning of that of more; what may change is the epochs of a dataset."""

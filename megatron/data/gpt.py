@@ -11,6 +11,7 @@ from megatron.data import helpers
 from megatron.data.gpt_index import EpochPlan, build_indices, plan_epochs
 from megatron.data.index_cache import Arrays, cached_arrays
 from megatron.data.indexed import IndexedDataset, default_cache_path
+from megatron.data.pieces import Piece
 from megatron.data.sample import Sample
 from megatron.errors import DataError
 
@@ -60,6 +61,19 @@ class GPTSamples:
         if self._bounds.eod is not None:
             loss_mask[tokens[:-1] == self._bounds.eod] = 0.0
         return Sample(tokens, loss_mask, *self._resets(starts))
+
+    def pieces(self, index: int) -> list[Piece]:
+        """Where the tokens of sample `index` come from, in their order."""
+        sample = int(self.shuffle_index[index])
+        (first, offset), (last, last_offset) = self.sample_index[sample : sample + 2].tolist()
+        found, start = [], 0
+        for place in range(first, last + 1):
+            document = int(self.document_index[place])
+            stop = last_offset + 1 if place == last else int(self._tokens.sequence_lengths[document])
+            if stop > offset:
+                found.append(Piece(start, document, offset))
+            start, offset = start + stop - offset, 0
+        return found
 
     @cached_property
     def _tokens(self) -> IndexedDataset:

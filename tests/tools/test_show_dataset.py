@@ -1,0 +1,133 @@
+"""What is shown of a run's samples is what its model will see."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from megatron.data.indexed import IndexedDatasetWriter
+from megatron.data.pieces import Piece
+from megatron.data.sample import Sample
+from megatron.data.show import SampleText
+from megatron.errors import ConfigError
+from megatron.tokenizer import Tokenizer, build_tokenizer
+from megatron.tokenizer.config import TokenizerConfig
+from tiny_tokenizers import TEXT, write_huggingface, write_sentencepiece
+from tools.show_dataset import main
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("tokenizers")
+    write_huggingface(folder / "hf", eos_token="<|end|>")
+    write_sentencepiece(folder)
+    return folder
+
+
+@pytest.fixture(scope="module", params=["hf", "tokenizer.model"])
+def tokenizer(folder: Path, request: pytest.FixtureRequest) -> Tokenizer:
+    kind = "SentencePieceTokenizer" if request.param == "tokenizer.model" else "HuggingFaceTokenizer"
+    return build_tokenizer(TokenizerConfig(tokenizer_type=kind, tokenizer_model=str(folder / request.param)))
+
+
+def write(prefix: Path, tokenizer: Tokenizer, texts: list[str]) -> Path:
+    with IndexedDatasetWriter(prefix, "uint16") as writer:
+        for text in texts:
+            writer.add_document([*tokenizer.encode(text), tokenizer.eod])
+    return prefix
+
+
+def flags(tokenizer: Tokenizer, folder: Path, prefix: Path, *more: str) -> list[str]:
+    model = folder / "hf" if tokenizer.identity.type == "HuggingFaceTokenizer" else folder / "tokenizer.model"
+    return [
+        *f"--tokenizer_type {tokenizer.identity.type} --tokenizer_model {model} --data_path {prefix}".split(),
+        *"--split 1,0,0 --eval_iters 0 --seq_length 40 --no_color".split(),
+        *more,
+    ]
+
+
+def test_all_of_the_text_is_shown_once_and_in_order(tokenizer: Tokenizer) -> None:
+    ids = [*tokenizer.encode(TEXT), tokenizer.eod, *tokenizer.encode(TEXT[:100])]
+    sample = Sample(np.array(ids), np.ones(len(ids) - 1, np.float32))
+    shown = SampleText(tokenizer, marks=False).render(sample, [Piece(0, 7, 0)]).plain
+    end = shown.index(TEXT) + len(TEXT)
+    assert shown[:end] == f"── document 7\n{TEXT}"
+    assert TEXT[:100] in shown[end:] and len(shown) - end < 100 + 20  # between them the name of the end
+
+
+def test_what_does_not_count_is_marked_and_weights_are_told(tokenizer: Tokenizer) -> None:
+    ids = tokenizer.encode("It is a truth universally acknowledged.")
+    mask = np.ones(len(ids) - 1, np.float32)
+    mask[: len(ids) // 2 - 1], mask[-1] = 0.0, 0.25
+    sample = Sample(np.array(ids), mask)
+    shown = SampleText(tokenizer, marks=True).render(sample, [Piece(0, 0, 3)]).plain
+    assert shown.startswith("── document 0 from token 3\n‹It is")
+    assert shown.count("‹") == shown.count("›") == 2 and "‹0.25: " in shown
+    counted = shown.partition("›")[2].partition("‹")[0]
+    assert counted.strip() == tokenizer.decode(ids[len(ids) // 2 : -1]).strip()
+    plain = SampleText(tokenizer, marks=False).render(sample, [Piece(0, 0, 3)])
+    assert "‹" not in plain.plain and any("dim" in str(span.style) for span in plain.spans)
+
+
+def test_special_tokens_stand_out_by_name(tokenizer: Tokenizer) -> None:
+    assert tokenizer.eod is not None
+    sample = Sample(np.array([*tokenizer.encode("a wife"), tokenizer.eod]), np.ones(len(tokenizer.encode("a wife"))))
+    text = SampleText(tokenizer, marks=False).render(sample, [Piece(0, 0, 0)])
+    name = "<|end|>" if tokenizer.identity.type == "HuggingFaceTokenizer" else "<EOD>"
+    assert [text.plain[span.start : span.end] for span in text.spans if "reverse" in str(span.style)] == [name]
+
+
+def test_documents_begin_on_their_own_line_with_their_number(
+    tokenizer: Tokenizer, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    texts = [f"the man number {number} had not" for number in range(12)]
+    prefix = write(tmp_path / "data", tokenizer, texts)
+    main(flags(tokenizer, folder, prefix, "--start", "1", "--num_samples", "2"))
+    shown = capsys.readouterr().out
+    headers = [line for line in shown.splitlines() if line.startswith("sample ")]
+    assert len(headers) == 2
+    assert headers[0].startswith(f"sample 1 · {prefix} · document") and headers[0].endswith("40 inputs, 40 count")
+    for part in shown.split("── document ")[1:]:
+        number, text = part.split("\n", 1)
+        if "from token" not in number and "sample" not in text and f"{number} had not" not in text:
+            assert part is shown.split("── document ")[-1] or text.strip("‹›\n") in texts[int(number)]
+
+
+def test_a_blend_names_the_dataset_of_each_sample_and_a_part_can_be_chosen(
+    tokenizer: Tokenizer, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    prefixes = [write(tmp_path / name, tokenizer, [TEXT] * 4) for name in ("web", "code")]
+    argv = flags(tokenizer, folder, prefixes[0])
+    at = argv.index("--data_path")
+    argv[at : at + 2] = ["--train_data_path", "1", str(prefixes[0]), "1", str(prefixes[1])]
+    argv[argv.index("--eval_iters") + 1] = "1"
+    argv += ["--valid_data_path", f"web={prefixes[0]}", "--num_samples", "4"]
+    main(argv)
+    headers = [line.split(" · ")[1] for line in capsys.readouterr().out.splitlines() if line.startswith("sample ")]
+    assert sorted(headers) == sorted(2 * [str(prefixes[0]), str(prefixes[1])])
+    main([*argv, "--part", "validation_web"])
+    assert f"sample 0 · {prefixes[0]} ·" in capsys.readouterr().out
+    with pytest.raises(ConfigError, match=r"--part other is not a part of this data; use train, validation_web."):
+        main([*argv, "--part", "other"])
+
+
+def test_wrong_numbers_are_told(
+    tokenizer: Tokenizer, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    argv = flags(tokenizer, folder, write(tmp_path / "data", tokenizer, ["a man"] * 20))
+    with pytest.raises(ConfigError, match=r"--start -1 --num_samples 3: nothing to show; count samples from 0"):
+        main([*argv, "--start", "-1"])
+    with pytest.raises(ConfigError, match=r"--start 999999: there are \d+ samples, counted from 0; give a lower"):
+        main([*argv, "--start", "999999", "--train_iters", "2"])
+
+
+def test_the_flags_of_a_run_are_taken_as_they_are(
+    tokenizer: Tokenizer, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    argv = flags(tokenizer, folder, write(tmp_path / "data", tokenizer, ["a man"] * 20))
+    argv += "--num_layers 4 --hidden_size 64 --num_attention_heads 4 --tensor_model_parallel_size 2".split()
+    argv += "--micro_batch_size 2 --global_batch_size 8 --train_iters 10 --lr 1e-3 --bf16 --eod_mask_loss".split()
+    main([*argv, "--num_samples", "1"])
+    assert "‹" in capsys.readouterr().out  # what follows the end of a document
