@@ -162,7 +162,7 @@ def _kept_bytes(run: RunConfig, num_layers: int, stage: int, num_stages: int) ->
     # as it is, or a recomputed layer does.
     is_counted = run.model.use_rms_norm or not run.training.bf16 or policy.recompute_granularity == "full"
     received = 0 if is_first or is_counted else hidden
-    activations = layers + received + (0 if is_last else hidden) + _mask_bytes(run)
+    activations = layers + received + (0 if is_last else hidden)
     if is_first and run.model.hidden_dropout:
         activations += hidden // _compute_bytes(run)  # the embedding's mask, one byte a number
     if not is_last:
@@ -207,30 +207,24 @@ def _norm_bytes(run: RunConfig) -> int:
 
 def _has_band(run: RunConfig) -> bool:
     window = run.model.sliding_window_size
-    return window is not None and window < run.data.seq_length and not run.data.reset_attention_mask
+    return window is not None and window < run.data.seq_length
 
 
 def _attention_width(run: RunConfig, heads: int, kv_heads: int, *, is_core_kept: bool) -> int:
     """Heads per token that attention keeps: of the fused projection, of queries and keys as rotated, of the context."""
     is_rotary = run.model.position_embedding_type == "rotary"
-    if not (is_core_kept and (_has_band(run) or run.data.reset_attention_mask)):
+    is_in_pieces = is_core_kept and (_has_band(run) or run.data.reset_attention_mask or run.data.packing)
+    context = 2 * heads if is_in_pieces else heads  # in pieces, and joined
+    if not (is_core_kept and _has_band(run)):
         # v is a view of the fused projection's output and keeps all of it; q and k are a second, rotated copy.
-        return heads + 2 * kv_heads + (heads + kv_heads if is_rotary else 0) + heads
+        return heads + 2 * kv_heads + (heads + kv_heads if is_rotary else 0) + context
     # With a mask, key and value heads are repeated for their queries, and then only the norms of heads keep the
     # projection, and only where both are in one tensor do rotated queries keep the keys.
     is_grouped = heads != kv_heads
     projection = heads + 2 * kv_heads if not (is_grouped and is_rotary) or run.model.qk_layernorm else 0
     rotated_keys = 0 if is_grouped and run.model.qk_layernorm else kv_heads
     rotated = heads + rotated_keys if is_rotary else 0
-    context = 2 * heads if _has_band(run) else heads  # in blocks, and joined
     return projection + rotated + (2 * heads if is_grouped else 0) + context
-
-
-def _mask_bytes(run: RunConfig) -> int:
-    """Of which tokens see each other, kept for each micro-batch; a band is kept once for all, and small."""
-    if not run.data.reset_attention_mask:
-        return 0
-    return _tokens(run) * run.data.seq_length * _compute_bytes(run)
 
 
 def _norms_of_layer_bytes(run: RunConfig) -> int:

@@ -1,9 +1,13 @@
 """What a query sees under each pattern, against the definition of attention, in float64."""
 
+import sys
+from dataclasses import replace
+from types import ModuleType
+
 import pytest
 import torch
 
-from megatron.model.attention_kernels import AttentionPattern, banded_attention, sdpa_attention
+from megatron.model.attention_kernels import AttentionPattern, banded_attention, flash_attention, sdpa_attention
 
 S, B, HEADS, KV_HEADS, D = 23, 2, 4, 2, 6
 
@@ -26,6 +30,15 @@ def by_definition(q, k, v, sees):
 SEGMENTS = torch.tensor([[7] * 5 + [2] * 9 + [7] * 9, [1] * 16 + [0] * 7])
 
 
+# The same cuts as the batches of a loader have them: every run with a number of its own.
+RUN_LENGTHS = ((5, 9, 9), (16, 7))
+RUNS = torch.stack([torch.arange(len(row)).repeat_interleave(torch.tensor(row)) for row in RUN_LENGTHS])
+
+
+def in_run(row, i, j):
+    return RUNS[row, i] == RUNS[row, j]
+
+
 def same(row, i, j):
     return SEGMENTS[row, i] == SEGMENTS[row, j]
 
@@ -38,6 +51,18 @@ PATTERNS = {
     "window as wide as the sequence": (AttentionPattern(window=S), lambda row, i, j: j <= i),
     "segments": (AttentionPattern(segment_ids=SEGMENTS), lambda row, i, j: j <= i and same(row, i, j)),
     "segments, both ways": (AttentionPattern(is_causal=False, segment_ids=SEGMENTS), same),
+    "runs": (
+        AttentionPattern(segment_ids=RUNS, segment_lengths=RUN_LENGTHS),
+        lambda row, i, j: j <= i and in_run(row, i, j),
+    ),
+    "runs, both ways": (
+        AttentionPattern(is_causal=False, segment_ids=RUNS, segment_lengths=RUN_LENGTHS),
+        in_run,
+    ),
+    "runs, window": (
+        AttentionPattern(window=4, segment_ids=RUNS, segment_lengths=RUN_LENGTHS),
+        lambda row, i, j: i - 4 < j <= i and in_run(row, i, j),
+    ),
     "segments, window": (
         AttentionPattern(window=4, segment_ids=SEGMENTS),
         lambda row, i, j: i - 4 < j <= i and same(row, i, j),
@@ -69,13 +94,43 @@ def test_blocks_of_any_size_make_the_same_band(window, block):
     assert_same_values_and_gradients(out, by_definition(*leaves, lambda row, i, j: i - window < j <= i), leaves)
 
 
+class FlashAttention(ModuleType):
+    """The interface of the flash-attn package over this file's definition of attention."""
+
+    def flash_attn_func(self, q, k, v, *, dropout_p, causal, window_size, deterministic):
+        assert dropout_p == 0.0 and not deterministic
+        pattern = AttentionPattern(causal, None if window_size == (-1, -1) else window_size[0] + 1)
+        assert window_size in ((-1, -1), (3, 0))
+        return sdpa_attention(*(x.transpose(0, 1) for x in (q, k, v)), pattern, 0.0).transpose(0, 1)
+
+    def flash_attn_varlen_func(self, q, k, v, bounds_q, bounds_k, longest_q, longest_k, **options):
+        assert bounds_q is bounds_k and bounds_q.dtype == torch.int32
+        lengths = bounds_q.diff().tolist()
+        assert longest_q == longest_k == max(lengths) and sum(lengths) == len(q)
+        texts = zip(*(x.unsqueeze(0).split(lengths, dim=1) for x in (q, k, v)), strict=True)
+        return torch.cat([self.flash_attn_func(*text, **options)[0] for text in texts])
+
+
+@pytest.mark.parametrize(
+    "name", [name for name in PATTERNS if not name.startswith("segments") and "itself" not in name]
+)
+def test_flash_attention_is_asked_for_what_the_pattern_says(name, monkeypatch):
+    monkeypatch.setitem(sys.modules, "flash_attn", FlashAttention("flash_attn"))
+    pattern, sees = PATTERNS[name]
+    pattern = replace(pattern, window=None if pattern.window == S else pattern.window)
+    leaves = inputs()
+    assert_same_values_and_gradients(flash_attention(*leaves, pattern, 0.0), by_definition(*leaves, sees), leaves)
+    if pattern.segment_lengths is not None:
+        assert pattern.segment_bounds(leaves[0].device) is pattern.segment_bounds(leaves[0].device)
+
+
 def test_layers_share_one_mask():
     pattern = AttentionPattern(segment_ids=SEGMENTS)
     assert pattern.segment_mask(torch.float64) is pattern.segment_mask(torch.float64)
     assert pattern.segment_mask(torch.float64).shape == (B, 1, S, S)
 
 
-@pytest.mark.parametrize("name", ["window", "segments"])
+@pytest.mark.parametrize("name", ["window", "segments", "runs"])
 def test_dropout_spares_a_part_of_the_probabilities(name):
     """The mean over many draws is attention without dropout."""
     pattern, sees = PATTERNS[name]

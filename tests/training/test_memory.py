@@ -141,10 +141,12 @@ def test_a_layer_keeps_what_the_formula_says(name, bf16):
     assert per_layer == pytest.approx(layer_bytes(run), rel=0.005)
 
 
-def test_a_mask_of_documents_is_kept_once_for_all_layers():
-    flags = {"num_attention_heads_kv": 4, "bf16": None}  # nothing is repeated
-    plain, masked = (activations(1, **flags, **more) for more in ({}, {"reset_attention_mask": None}))
-    assert masked - plain == 2 * 128 * 128 * 2  # two samples of 128 x 128 numbers, in bf16
+def test_documents_keep_no_mask_only_their_contexts_before_they_are_joined():
+    flags = {"hidden_size": 256, "bf16": None}
+    packing = {"data_type": "instruction", "packing": None}
+    plain, *cut = (activations(1, **flags, **more) for more in ({}, {"reset_attention_mask": None}, packing))
+    # Eight layers, and two samples of 128 tokens in bf16.
+    assert [more - plain for more in cut] == [8 * 2 * 128 * 256 * 2] * 2
 
 
 def kept_by(run: RunConfig, num_layers: int) -> int:
@@ -155,12 +157,13 @@ def kept_by(run: RunConfig, num_layers: int) -> int:
     dtype = torch.bfloat16 if run.training.bf16 else torch.float32
     stage.to(dtype)
     x = torch.randn(run.data.seq_length, run.training.micro_batch_size, run.model.hidden_size, dtype=dtype)
-    documents = torch.zeros(run.training.micro_batch_size, run.data.seq_length, dtype=torch.int32)
-    segment_ids = documents if run.data.reset_attention_mask else None
+    cuts: dict[str, Any] = {}
+    if run.data.reset_attention_mask:
+        lengths = ((50, 78), (128,))
+        ids = [torch.arange(len(row)).repeat_interleave(torch.tensor(row)) for row in lengths]
+        cuts = {"segment_ids": torch.stack(ids), "segment_lengths": lengths}
     streams = DropoutStreams(1, 1, 0)
-    return saved_bytes(
-        lambda: stage(x.requires_grad_(), run.data.seq_length, None, streams, segment_ids=segment_ids), stage
-    )
+    return saved_bytes(lambda: stage(x.requires_grad_(), run.data.seq_length, None, streams, **cuts), stage)
 
 
 def saved_bytes(forward: Callable[[], Tensor], stage: Stage) -> int:
