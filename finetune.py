@@ -11,7 +11,7 @@ from pathlib import Path
 from megatron.checkpoint.opening import is_checkpoint, open_source
 from megatron.checkpoint.source import Source
 from megatron.cli import run_and_leave
-from megatron.config import TypedFlags, check_trainable, checkpoint_arguments, parse_run, resolve, resolve_tokenizer
+from megatron.config import TypedFlags, checkpoint_arguments, parse_run, resolve, resolve_tokenizer
 from megatron.core.topology import launch_environment
 from megatron.tokenizer import build_tokenizer, fit_to_vocabulary
 from megatron.training.logging import configure_logging
@@ -33,7 +33,6 @@ def main(argv: list[str]) -> None:
         vocab_size = source.model_config().vocab_size
         tokenizer = fit_to_vocabulary(tokenizer_config, vocab_size)
     run = resolve(typed, launch.world_size, checkpoint=arguments, tokenizer_vocab_size=vocab_size)
-    check_trainable(run)
     train(run, tokenizer, source)
 
 

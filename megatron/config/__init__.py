@@ -1,7 +1,6 @@
 """The configuration of a run: the owners' dataclasses, their flags, and what is inferred and checked."""
 
 from megatron.config.checkpoint_arguments import CheckpointArguments, checkpoint_arguments
-from megatron.config.checks import check_trainable
 from megatron.config.parallel import ParallelConfig
 from megatron.config.resolve import resolve, resolve_tokenizer
 from megatron.config.run import RunConfig
@@ -16,7 +15,6 @@ __all__ = [
     "RunConfig",
     "TrainingConfig",
     "TypedFlags",
-    "check_trainable",
     "checkpoint_arguments",
     "parse_run",
     "resolve",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from megatron.config.run import RunConfig
 from megatron.core.layout import place_layers
+from megatron.data.bert import MIN_PAIR_LENGTH
 from megatron.data.splits import parse_split
 from megatron.errors import ConfigError
 
@@ -77,16 +78,28 @@ def check_data(run: RunConfig) -> None:
             ".jsonl or .txt file."
         )
     parse_split(data.split)
+    if run.model.bert_head:
+        check_pairs(run)
     if data.train_data_path and not data.valid_data_path and eval_iters:
         raise ConfigError(
             f"--eval_iters {eval_iters} has no validation data to read; give --valid_data_path, or --eval_iters 0."
         )
 
 
-def check_trainable(run: RunConfig) -> None:
-    """There are samples for the heads that the model has."""
-    if run.model.bert_head:
+def check_pairs(run: RunConfig) -> None:
+    """BERT's samples are pairs of texts, and flags about other samples are refused."""
+    data, what = run.data, "a BERT trains on pairs of texts"
+    flags = {
+        f"--data_type {data.data_type}": data.data_type != "gpt",
+        "--reset_position_ids": data.reset_position_ids,
+        "--reset_attention_mask": data.reset_attention_mask,
+        "--eod_mask_loss": data.eod_mask_loss,
+    }
+    wrong = [flag for flag, is_given in flags.items() if is_given]
+    if wrong:
+        raise ConfigError(f"{wrong[0]} is about other samples: {what}; drop it.")
+    if data.seq_length < MIN_PAIR_LENGTH:
         raise ConfigError(
-            f"--model_name {run.training.model_name} has BERT's heads, whose training needs masked pairs of texts, and "
-            "that dataset is not available yet; convert and verify BERT models, and train a decoder."
+            f"--seq_length {data.seq_length} has no room: {what}, at least one token of each beside [CLS] and two "
+            f"[SEP]; use {MIN_PAIR_LENGTH} or more."
         )

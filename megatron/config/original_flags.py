@@ -157,7 +157,7 @@ REFUSED: Final[Mapping[str, str]] = MappingProxyType(
         ),
         **_alike("adlr_autoresume adlr_autoresume_interval", "is not available; --save and --load resume a run."),
         **_alike(
-            "decoder_num_layers decoder_seq_length retriever_seq_length mask_prob short_seq_prob ict_head_size "
+            "decoder_num_layers decoder_seq_length retriever_seq_length ict_head_size "
             "biencoder_projection_dim biencoder_shared_query_context_model ict_load bert_load titles_data_path "
             "query_in_block_prob use_one_sent_docs evidence_data_path retriever_report_topk_accuracies "
             "retriever_score_scaling block_data_path embedding_path indexer_batch_size indexer_log_interval "
@@ -165,7 +165,7 @@ REFUSED: Final[Mapping[str, str]] = MappingProxyType(
             "head_lr_mult iter_per_epoch dino_local_img_size dino_local_crops_number dino_head_hidden_size "
             "dino_bottleneck_size dino_freeze_last_layer dino_norm_last_layer dino_warmup_teacher_temp "
             "dino_teacher_temp dino_warmup_teacher_temp_epochs",
-            "belongs to models that are not decoders (BERT, T5, retrieval, vision), which do not exist here; drop it.",
+            "belongs to models that do not exist here (T5, retrieval, vision); drop it.",
         ),
     }
 )

@@ -27,6 +27,7 @@ from megatron.errors import DataError
 # Part of every cache key: raise it when the meaning of the stored index changes.
 PAIR_CODE_VERSION = 1
 NUM_SPECIAL = 3  # [CLS] first [SEP] second [SEP]
+MIN_PAIR_LENGTH = NUM_SPECIAL + 2
 _EPOCHS, _SAMPLES = range(2)  # the streams of a seed
 
 

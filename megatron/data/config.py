@@ -73,6 +73,10 @@ class DataConfig:
         default=False,
         metadata={"help": "instruction data: several conversations share a sample, and none sees another"},
     )
+    mask_prob: float = field(default=0.15, metadata={"help": "BERT: share of the tokens that are to be restored"})
+    short_seq_prob: float = field(
+        default=0.1, metadata={"help": "BERT: share of the samples that are made shorter than seq_length"}
+    )
     reset_position_ids: bool = field(default=False, metadata={"help": "count positions anew in each document"})
     reset_attention_mask: bool = field(default=False, metadata={"help": "attention stays inside each document"})
     eod_mask_loss: bool = field(default=False, metadata={"help": "what follows the end of a document is no target"})
@@ -86,6 +90,10 @@ class DataConfig:
             raise ConfigError(f"--seq_length {self.seq_length} holds no token; use 1 or more.")
         if self.num_workers < 0:
             raise ConfigError(f"--num_workers {self.num_workers} is negative; use 0 to read when needed.")
+        if not 0 < self.mask_prob < 1:
+            raise ConfigError(f"--mask_prob {self.mask_prob:g} is no share of a text; use 0.15, say, or leave it out.")
+        if not 0 <= self.short_seq_prob <= 1:
+            raise ConfigError(f"--short_seq_prob {self.short_seq_prob:g} is no probability; use 0 to 1.")
 
     @property
     def has_own_sources(self) -> bool:

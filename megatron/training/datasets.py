@@ -28,6 +28,7 @@ from megatron.errors import ConfigError, DataError
 from megatron.tokenizer import Tokenizer
 from megatron.training.checkpointing import Progress
 from megatron.training.instruct_datasets import InstructionSources, instruction_padding
+from megatron.training.pair_datasets import PairSources
 
 VALIDATION, TEST = "validation", "test"
 
@@ -103,6 +104,7 @@ class _Builder:
         self.cache_path = None if run.data.data_cache_path is None else Path(run.data.data_cache_path)
         self.store = ObjectStore(self.cache_path)
         self.instructions = InstructionSources(run, self.cache_path, self.store)
+        self.pairs = PairSources(run, tokenizer, self.cache_path, self.store) if run.model.bert_head else None
         self.bounds = DocumentBounds(
             reset_positions=run.data.reset_position_ids,
             reset_attention=run.data.reset_attention_mask,
@@ -118,7 +120,7 @@ class _Builder:
 
         The default split leaves small corpora without test documents; then there is no test, and that is no error.
         """
-        split, sizes = self.run.data.split, [member.count_sequences() for member in map(self._member, blend.paths)]
+        split, sizes = self.run.data.split, [self._count(path) for path in blend.paths]
         parts = [split_documents(parse_split(split), size) for size in sizes]
         is_empty = [not any(part[i] for part in parts) for i in range(len(SPLIT_NAMES))]
         for name, count, empty in zip(SPLIT_NAMES[:-1], wanted, is_empty, strict=False):
@@ -153,6 +155,8 @@ class _Builder:
 
         if data.data_type == "instruction":
             return self.instructions.build(blend, documents, num_samples, max_epochs, is_training=is_training)
+        if self.pairs is not None:
+            return self.pairs.build(blend, documents, num_samples, max_epochs)
         members = [self._member(path) for path in blend.paths]
         if len(members) == 1 and max_epochs is None:
             indexed = members[0].open()
@@ -178,7 +182,14 @@ class _Builder:
         )
         return BlendedDataset(members, request, self.bounds, self.cache_path or default_cache_path(blend.paths[0]))
 
+    def _count(self, path: str) -> int:
+        """What --split cuts: documents, which are one sequence each but where sentences are."""
+        member = self._member(path)
+        return member.count_sequences() if self.pairs is None else member.open().num_documents
+
     def _member(self, path: str) -> Member:
+        if self.pairs is not None:
+            return self.pairs.member(path)
         if self.run.data.data_type == "instruction":
             return self.instructions.member(path)
         if Path(path).suffix not in TEXT_SUFFIXES:

@@ -9,11 +9,11 @@ from pathlib import Path
 
 from megatron.config import RunConfig
 from megatron.data.blend import Blend, Member
+from megatron.data.epoch_blend import EpochBlend
 from megatron.data.indexed import IndexedDataset
 from megatron.data.instruct import (
     TEXT_SUFFIX,
     Conversations,
-    InstructionBlend,
     InstructionDataset,
     LossWeights,
     Truncation,
@@ -63,7 +63,7 @@ class InstructionSources:
             self.about = self._describe([member(0) for member in members])
         if len(members) == 1 and max_epochs is None:
             return members[0](num_samples)
-        return InstructionBlend(members, num_samples, blend.weights, max_epochs)
+        return EpochBlend(members, num_samples, blend.weights, max_epochs)
 
     def _builder(self, path: str, documents: Callable[[int], range]) -> Callable[[int], InstructionDataset]:
         data, conversations = self.run.data, self._open(path)

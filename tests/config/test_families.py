@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron.config import CheckpointArguments, RunConfig, check_trainable, parse_run, resolve
+from megatron.config import CheckpointArguments, RunConfig, parse_run, resolve
 from megatron.errors import ConfigError
 from megatron.model.presets import MODEL_NAMES, PRESETS, family_defaults, preset
 
@@ -61,14 +61,48 @@ def test_a_window_of_nothing_is_refused_with_the_flag_that_asks_for_it() -> None
         resolved(*SIZES, "--sliding_window_size=0")
 
 
-def test_bert_is_not_trained_yet() -> None:
-    check_trainable(resolved(*SIZES, "--model_name=gpt2"))
+@pytest.mark.parametrize(
+    ("flag", "message"),
+    [
+        (
+            "--data_type=instruction",
+            "--data_type instruction is about other samples: a BERT trains on pairs of texts; drop it.",
+        ),
+        (
+            "--reset_position_ids",
+            "--reset_position_ids is about other samples: a BERT trains on pairs of texts; drop it.",
+        ),
+        (
+            "--reset_attention_mask",
+            "--reset_attention_mask is about other samples: a BERT trains on pairs of texts; drop it.",
+        ),
+        ("--eod_mask_loss", "--eod_mask_loss is about other samples: a BERT trains on pairs of texts; drop it."),
+        (
+            "--seq_length=4",
+            "--seq_length 4 has no room: a BERT trains on pairs of texts, at least one token of each beside [CLS] and "
+            "two [SEP]; use 5 or more.",
+        ),
+    ],
+)
+def test_a_bert_refuses_what_is_about_other_samples(flag: str, message: str) -> None:
     with pytest.raises(ConfigError) as caught:
-        check_trainable(resolved(*SIZES, "--model_name=bert"))
-    assert str(caught.value) == (
-        "--model_name bert has BERT's heads, whose training needs masked pairs of texts, and that dataset is not "
-        "available yet; convert and verify BERT models, and train a decoder."
-    )
+        resolved(*SIZES, "--model_name=bert", flag)
+    assert str(caught.value) == message
+    resolved(*SIZES, "--model_name=bert", "--seq_length=5", "--mask_prob=0.2", "--short_seq_prob=0")
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--mask_prob=0", "--mask_prob 0 is no share of a text; use 0.15, say, or leave it out."),
+        ("--mask_prob=1", "--mask_prob 1 is no share of a text; use 0.15, say, or leave it out."),
+        ("--short_seq_prob=1.5", "--short_seq_prob 1.5 is no probability; use 0 to 1."),
+    ],
+)
+def test_shares_outside_of_0_to_1_are_refused(flags: str, message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        resolved(*SIZES, "--model_name=bert", flags)
+    assert str(caught.value) == message
 
 
 def test_fields_without_a_flag_survive_a_yaml_file(tmp_path: Path) -> None:

@@ -8,10 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from megatron.data.epoch_blend import EpochBlend
 from megatron.data.indexed import IndexedDatasetWriter
 from megatron.data.instruct import (
     Conversations,
-    InstructionBlend,
     InstructionDataset,
     LossWeights,
     instruction_prefix,
@@ -144,16 +144,16 @@ def test_packs_of_a_log_normal_corpus_fill_98_percent_of_the_slots(tmp_path: Pat
 def test_a_blend_serves_its_shares_at_every_prefix(tmp_path: Path):
     sources = [Conversations(write(tmp_path / name, [6] * 10, seed)) for seed, name in enumerate("ab")]
     members = [lambda count, source=source: InstructionDataset(source, range(10), count, 64, 1) for source in sources]
-    blend = InstructionBlend(members, 100, (0.75, 0.25), None)
+    blend = EpochBlend(members, 100, (0.75, 0.25), None)
     for stop in range(1, 101):
         assert abs(np.count_nonzero(blend.dataset_index[:stop] == 0) - 0.75 * stop) <= 1
     assert all(
-        np.array_equal(blend[k].tokens, InstructionBlend(members, 50, (0.75, 0.25), None)[k].tokens) for k in range(50)
+        np.array_equal(blend[k].tokens, EpochBlend(members, 50, (0.75, 0.25), None)[k].tokens) for k in range(50)
     )
-    limited = InstructionBlend(members, 20, (0.9, 0.1), 1.0)
+    limited = EpochBlend(members, 20, (0.9, 0.1), 1.0)
     assert np.bincount(limited.dataset_index).tolist() == [10, 10]
     with pytest.raises(DataError, match="--max_epochs_per_dataset 1 leaves 20 samples, and 21 are wanted"):
-        InstructionBlend(members, 21, None, 1.0)
+        EpochBlend(members, 21, None, 1.0)
     with pytest.raises(IndexError, match="sample 100 of a blend of 100"):
         blend[100]
     assert blend.has_same_order_for(3) and len(blend) == 100
