@@ -18,6 +18,7 @@ import numpy as np
 
 from megatron.data import helpers
 from megatron.data.data_file import DataFile, require_files
+from megatron.data.fim import FillInMiddle
 from megatron.data.gpt import INDEX_CODE_VERSION, DocumentBounds, GPTSamples, count_tokens, gpt_indices
 from megatron.data.gpt_index import plan_epochs
 from megatron.data.index_cache import Arrays, cached_arrays
@@ -132,7 +133,14 @@ class Request:
 class BlendedDataset:
     """Sample k comes from dataset `dataset_index[k]` and is number `position_index[k]` there."""
 
-    def __init__(self, members: Sequence[Member], request: Request, bounds: DocumentBounds, cache_path: Path):
+    def __init__(
+        self,
+        members: Sequence[Member],
+        request: Request,
+        bounds: DocumentBounds,
+        cache_path: Path,
+        fim: FillInMiddle | None = None,
+    ):
         self._request = request
         key: dict[str, str | int | None] = {
             "version": f"{_BLEND_CODE_VERSION}.{INDEX_CODE_VERSION}",
@@ -149,8 +157,8 @@ class BlendedDataset:
         self.dataset_index, self.position_index = arrays["dataset_index"], arrays["position_index"]
         self._tokens, self._shares = arrays["tokens"], arrays["shares"]
         self.datasets = tuple(
-            GPTSamples(member.open, indices, request.sequence_length, bounds)
-            for member, indices in zip(members, _taken_apart(arrays), strict=True)
+            GPTSamples(member.open, indices, request.sequence_length, bounds, fim and fim.of_dataset(number))
+            for number, (member, indices) in enumerate(zip(members, _taken_apart(arrays), strict=True))
         )
 
     def __len__(self) -> int:

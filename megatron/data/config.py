@@ -80,6 +80,22 @@ class DataConfig:
     reset_position_ids: bool = field(default=False, metadata={"help": "count positions anew in each document"})
     reset_attention_mask: bool = field(default=False, metadata={"help": "attention stays inside each document"})
     eod_mask_loss: bool = field(default=False, metadata={"help": "what follows the end of a document is no target"})
+    fim_rate: float = field(
+        default=0.0,
+        metadata={"help": "share of the documents in which the middle is moved to the end, to be filled in"},
+    )
+    fim_spm_rate: float = field(
+        default=0.5,
+        metadata={"help": "share of those that show the suffix first (SPM); the others: prefix first (PSM)"},
+    )
+    fim_tokens: tuple[str, ...] = field(
+        default=(),
+        metadata={
+            "metavar": "TOKEN",
+            "help": "the tokens before prefix, middle and suffix; default: <fim_prefix> <fim_middle> <fim_suffix>, or "
+            "Qwen's or Code Llama's",
+        },
+    )
     num_workers: int = field(default=2, metadata={"help": "threads that read ahead; 0: read when needed"})
 
     def __post_init__(self) -> None:
@@ -88,12 +104,27 @@ class DataConfig:
         self._check_type()
         if self.seq_length is not None and self.seq_length < 1:
             raise ConfigError(f"--seq_length {self.seq_length} holds no token; use 1 or more.")
+        self._check_fim()
         if self.num_workers < 0:
             raise ConfigError(f"--num_workers {self.num_workers} is negative; use 0 to read when needed.")
         if not 0 < self.mask_prob < 1:
             raise ConfigError(f"--mask_prob {self.mask_prob:g} is no share of a text; use 0.15, say, or leave it out.")
         if not 0 <= self.short_seq_prob <= 1:
             raise ConfigError(f"--short_seq_prob {self.short_seq_prob:g} is no probability; use 0 to 1.")
+
+    def _check_fim(self) -> None:
+        for flag, rate in (("--fim_rate", self.fim_rate), ("--fim_spm_rate", self.fim_spm_rate)):
+            if not 0 <= rate <= 1:
+                raise ConfigError(f"{flag} {rate:g} is no share; use 0 to 1.")
+        if len(self.fim_tokens) not in (0, 3):
+            raise ConfigError(
+                f"--fim_tokens {' '.join(self.fim_tokens)}: {len(self.fim_tokens)} tokens; give three, those before "
+                "prefix, middle and suffix."
+            )
+        if self.fim_rate and self.data_type != "gpt":
+            raise ConfigError(
+                f"--fim_rate {self.fim_rate:g} is about documents end to end; drop it, or --data_type {self.data_type}."
+            )
 
     @property
     def has_own_sources(self) -> bool:

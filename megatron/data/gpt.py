@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from megatron.data import helpers
+from megatron.data.fim import FillInMiddle
 from megatron.data.gpt_index import EpochPlan, build_indices, plan_epochs
 from megatron.data.index_cache import Arrays, cached_arrays
 from megatron.data.indexed import IndexedDataset, default_cache_path
@@ -35,13 +36,18 @@ class GPTSamples:
     """Reads samples by their indices (see `gpt_index.build_indices`). The tokens are opened when the first is read."""
 
     def __init__(
-        self, open_tokens: Callable[[], IndexedDataset], indices: Arrays, sequence_length: int, bounds: DocumentBounds
+        self,
+        open_tokens: Callable[[], IndexedDataset],
+        indices: Arrays,
+        sequence_length: int,
+        bounds: DocumentBounds,
+        fim: FillInMiddle | None = None,
     ):
         self.sequence_length = sequence_length
         self.document_index = indices["document_index"]
         self.sample_index = indices["sample_index"]
         self.shuffle_index = indices["shuffle_index"]
-        self._open_tokens, self._bounds = open_tokens, bounds
+        self._open_tokens, self._bounds, self._fim = open_tokens, bounds, fim
 
     def __len__(self) -> int:
         return len(self.shuffle_index)
@@ -49,12 +55,7 @@ class GPTSamples:
     def __getitem__(self, index: int) -> Sample:
         if not 0 <= index < len(self):
             raise IndexError(f"sample {index} of a dataset of {len(self)}")
-        sample = int(self.shuffle_index[index])
-        (first, offset), (last, last_offset) = self.sample_index[sample : sample + 2].tolist()
-        # The boundary token belongs to both neighbours.
-        tokens, num_filled, starts = self._tokens.read_span(
-            self.document_index[first : last + 1], offset, last_offset + 1, self.sequence_length + 1
-        )
+        tokens, num_filled, starts = self._read(index)
         loss_mask = np.ones(self.sequence_length, dtype=np.float32)
         if num_filled <= self.sequence_length:
             loss_mask[num_filled - 1 :] = 0.0
@@ -64,16 +65,25 @@ class GPTSamples:
 
     def pieces(self, index: int) -> list[Piece]:
         """Where the tokens of sample `index` come from, in their order."""
+        documents, offset, stop = self._span(index)
+        stops = [*self._tokens.sequence_lengths[documents[:-1]].tolist(), stop]
+        offsets = [offset] + [0] * (len(documents) - 1)
+        # Documents without a token begin nowhere.
+        read = [part for part in zip(documents.tolist(), offsets, stops, strict=True) if part[2] > part[1]]
+        starts = self._read(index)[2].tolist()
+        return [Piece(start, *part[:2]) for start, part in zip(starts, read, strict=False)]
+
+    def _span(self, index: int) -> tuple[np.ndarray, int, int]:
+        """The documents of a sample, where it begins in the first, and before which token of the last it ends."""
         sample = int(self.shuffle_index[index])
         (first, offset), (last, last_offset) = self.sample_index[sample : sample + 2].tolist()
-        found, start = [], 0
-        for place in range(first, last + 1):
-            document = int(self.document_index[place])
-            stop = last_offset + 1 if place == last else int(self._tokens.sequence_lengths[document])
-            if stop > offset:
-                found.append(Piece(start, document, offset))
-            start, offset = start + stop - offset, 0
-        return found
+        # The boundary token belongs to both neighbours.
+        return self.document_index[first : last + 1], offset, last_offset + 1
+
+    def _read(self, index: int) -> tuple[np.ndarray, int, np.ndarray]:
+        """Return tokens int64 [s + 1], how many are filled, and int32 [k] where documents begin among them."""
+        read = self._tokens.read_span(*self._span(index), self.sequence_length + 1)
+        return read if self._fim is None else self._fim(index, *read)
 
     @cached_property
     def _tokens(self) -> IndexedDataset:
@@ -108,6 +118,7 @@ class GPTDataset(GPTSamples):
         *,
         drop_last_partial: bool = True,
         bounds: DocumentBounds = DocumentBounds(),
+        fim: FillInMiddle | None = None,
         cache_path: Path | None = None,
     ):
         self.tokens_per_epoch, self._plan = _checked_plan(indexed, document_range, num_samples, sequence_length)
@@ -130,7 +141,7 @@ class GPTDataset(GPTSamples):
                 indexed, document_range, num_samples, sequence_length, seed, drop_last_partial=drop_last_partial
             ),
         )
-        super().__init__(lambda: indexed, indices, sequence_length, bounds)
+        super().__init__(lambda: indexed, indices, sequence_length, bounds, fim)
 
     @property
     def fingerprint(self) -> str:

@@ -61,6 +61,9 @@ class LibraryTokenizer:
             parse_special=parse_special,
         )
 
+    def token_id(self, token: str) -> int | None:
+        return self._model.token_to_id(token)
+
     def special_id(self, role: str) -> int | None:
         """The id of the token for "bos", "eos", "pad", "cls", "sep" or "mask", None where there is none."""
         raise NotImplementedError

@@ -31,6 +31,9 @@ class NullTokenizer:
         self.literals: frozenset[str] = frozenset()
         self.identity = TokenizerIdentity(type=self.name, vocab_size=vocab_size)
 
+    def token_id(self, token: str) -> int | None:
+        return None
+
     def encode(self, text: str) -> list[int]:
         return [self._parse(word) for word in text.split()]
 

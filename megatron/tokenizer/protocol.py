@@ -66,6 +66,9 @@ class Tokenizer(Protocol):
     def literals(self) -> frozenset[str]:
         """Every token that has an id by its name: where a text spells one out, it is not ordinary text."""
 
+    def token_id(self, token: str) -> int | None:
+        """The id of the token of this name, None where there is none."""
+
     @property
     def bos(self) -> int | None: ...
 

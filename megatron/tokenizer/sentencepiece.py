@@ -79,6 +79,12 @@ class SentencePieceTokenizer:
         """The library's own tokenizer, without the added tokens."""
         return self._model
 
+    def token_id(self, token: str) -> int | None:
+        if token in self.added_tokens:
+            return self.added_tokens[token]
+        piece: int = self._model.piece_to_id(token)
+        return piece if self._model.id_to_piece(piece) == token else None
+
     def encode(self, text: str) -> list[int]:
         ids: list[int] = []
         for part in self._splitter.split(text):

@@ -16,6 +16,7 @@ from megatron.data.blend import (
     parse_blend,
     parse_named_blends,
 )
+from megatron.data.fim import FillInMiddle, find_fim_tokens
 from megatron.data.gpt import DocumentBounds, GPTDataset
 from megatron.data.indexed import IndexedDataset, default_cache_path
 from megatron.data.loader import Padding
@@ -96,6 +97,14 @@ def _named(name: str, part: TrainingData | None) -> NamedData:
     return {} if part is None else {name: part}
 
 
+def _fill_in_middle(run: RunConfig, tokenizer: Tokenizer) -> FillInMiddle | None:
+    data = run.data
+    if not data.fim_rate:
+        return None
+    tokens = find_fim_tokens(tokenizer, data.fim_tokens)
+    return FillInMiddle(tokenizer, tokens, data.fim_rate, data.fim_spm_rate, run.training.seed)
+
+
 class _Builder:
     """Builds datasets of one run, each of one source alone or a blend of several."""
 
@@ -110,6 +119,7 @@ class _Builder:
             reset_attention=run.data.reset_attention_mask,
             eod=tokenizer.eod if run.data.eod_mask_loss else None,
         )
+        self.fim = _fill_in_middle(run, tokenizer)
         if run.data.eod_mask_loss and tokenizer.eod is None:
             raise ConfigError(
                 f"--eod_mask_loss: the {tokenizer.identity.type} has no end-of-document token; drop the flag."
@@ -168,6 +178,7 @@ class _Builder:
                 data.seq_length,
                 seed,
                 bounds=self.bounds,
+                fim=self.fim,
                 cache_path=self.cache_path,
             )
         request = Request(
@@ -180,7 +191,8 @@ class _Builder:
             weights=blend.weights,
             max_epochs=max_epochs,
         )
-        return BlendedDataset(members, request, self.bounds, self.cache_path or default_cache_path(blend.paths[0]))
+        cache_path = self.cache_path or default_cache_path(blend.paths[0])
+        return BlendedDataset(members, request, self.bounds, cache_path, self.fim)
 
     def _count(self, path: str) -> int:
         """What --split cuts: documents, which are one sequence each but where sentences are."""

@@ -132,3 +132,42 @@ def config_file(parts: list[Path], **values: list[str]) -> Path:
     file = parts[0].parent / "run.yaml"
     file.write_text("\n".join(lines))
     return file
+
+
+class WithMiddle(WithEnd):
+    """Ids stand for themselves, and the last three are the tokens of fill-in-the-middle."""
+
+    def token_id(self, token: str) -> int | None:
+        return {"<fim_prefix>": EOD - 3, "<fim_middle>": EOD - 2, "<fim_suffix>": EOD - 1}.get(token)
+
+
+def test_the_middle_is_moved_in_as_many_documents_as_asked(parts: list[Path]):
+    tokenizer = WithMiddle(VOCABULARY)
+    flags: dict[str, object] = {"data_path": parts[0], "reset_attention_mask": None}
+    plain = built(tokenizer, **flags).train
+    assert np.array_equal(built(tokenizer, **flags, fim_rate=0).train[3].tokens, plain[3].tokens)
+    moved, again = (built(tokenizer, **flags, fim_rate=1, fim_spm_rate=0).train for _ in range(2))
+    for k in range(40):
+        tokens, segments = moved[k].tokens, moved[k].segment_ids
+        assert np.array_equal(tokens, again[k].tokens) and segments is not None
+        firsts = np.flatnonzero(np.diff(segments, prepend=-1))
+        assert set(tokens[firsts].tolist()) == {EOD - 3}
+    with pytest.raises(ConfigError, match="--fim_rate: there is none of the tokens of the NullTokenizer"):
+        built(**flags, fim_rate=0.5)
+
+
+@pytest.mark.parametrize(
+    ("flags", "reason"),
+    [
+        ({"fim_rate": 1.5}, "--fim_rate 1.5 is no share; use 0 to 1."),
+        ({"fim_spm_rate": -1}, "--fim_spm_rate -1 is no share"),
+        ({"fim_tokens": "<a>"}, "--fim_tokens <a>: 1 tokens; give three, those before prefix, middle and suffix."),
+        (
+            {"fim_rate": 0.5, "data_type": "instruction"},
+            "--fim_rate 0.5 is about documents end to end; drop it, or --data_type instruction.",
+        ),
+    ],
+)
+def test_fill_in_the_middle_that_makes_no_sense_is_refused(parts: list[Path], flags: dict, reason: str):
+    with pytest.raises(ConfigError, match=reason):
+        built(data_path=parts[0], **flags)
