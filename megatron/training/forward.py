@@ -29,13 +29,14 @@ class LossSums:
     """Summed over this rank's micro-batches, in float64; zero on ranks that do not hold the last stage.
 
     `valid_tokens` is the sum of the labels' weights: their number, where all weights are 0 or 1.
-    A BERT has two losses, of masked tokens and, one of each sample, of sentences.
+    A BERT has two losses, of masked tokens and, one of each sample, of sentences. `num_tokens` are all, padding too.
     """
 
     loss: Tensor
     valid_tokens: Tensor
     sentence_loss: Tensor
     num_sentences: Tensor
+    num_tokens: Tensor
 
     @classmethod
     def zero(cls, device: torch.device) -> LossSums:
@@ -80,6 +81,8 @@ class MicrobatchForward:
             segment_lengths=batch.segment_lengths,
             token_types=batch.token_types,
         )
+        if stage.is_last:
+            self.sums.num_tokens += batch.tokens.numel()
         if isinstance(output, BertLogits):
             return self._pair_loss(output, batch, stage)
         if not stage.is_last:

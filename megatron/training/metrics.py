@@ -75,12 +75,13 @@ class StepClock:
         self._run, self._device, self._start_iteration, self._now = run, device, start_iteration, now
         self._flops_per_token = flops_per_token(run.model, run.data.seq_length)
         self._steps_s = 0.0
-        self._num_steps = 0
+        self._num_steps = self._num_tokens = 0
         self._warm_since: float | None = None
 
-    def add(self, step_s: float) -> None:
-        """Counts one step that took `step_s` seconds."""
+    def add(self, step_s: float, num_tokens: int) -> None:
+        """Counts one step that took `step_s` seconds for `num_tokens` of the whole job."""
         self._steps_s += step_s
+        self._num_tokens += num_tokens
         self._num_steps += 1
 
     def resume(self) -> None:
@@ -91,8 +92,8 @@ class StepClock:
     def metrics(self, progress: Progress, result: StepResult, learning_rate: float) -> StepMetrics:
         """The figures of the step just added; the next interval starts with the next step."""
         step_time_s = self._steps_s / self._num_steps
-        self._steps_s, self._num_steps = 0.0, 0
-        tokens_per_s = self._run.training.global_batch_size * self._run.data.seq_length / step_time_s
+        tokens_per_s = self._num_tokens / self._steps_s
+        self._steps_s, self._num_steps, self._num_tokens = 0.0, 0, 0
         return StepMetrics(
             iteration=progress.iteration,
             lm_loss=result.loss,

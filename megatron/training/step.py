@@ -24,13 +24,14 @@ from megatron.training.gradients import sum_shared_gradients
 class StepResult:
     """Alike on all ranks. `loss` is in nats per valid token, `grad_norm` is the norm before clipping.
 
-    `valid_tokens` is the sum of the labels' weights, rounded. `sentence_loss` is a BERT's, in nats per sample: it
-    trains on the sum of both losses, each a mean over the whole global batch.
+    `valid_tokens` is the sum of the labels' weights, rounded; `num_tokens` are all, padding too. `sentence_loss` is a
+    BERT's, in nats per sample: it trains on the sum of both losses, each a mean over the whole global batch.
     """
 
     loss: float
     grad_norm: float
     valid_tokens: int
+    num_tokens: int
     sentence_loss: float | None = None
 
 
@@ -65,7 +66,7 @@ class TrainStep:
         total, (square,) = totals(sums, self.topology, self.gradient_norm.local_square())
         scale = 1.0 / (total.weight or 1.0)
         norm = math.sqrt(square) * scale
-        result = StepResult(total.loss, norm, round(total.weight), total.sentence_loss)
+        result = StepResult(total.loss, norm, round(total.weight), total.num_tokens, total.sentence_loss)
         return result, clip_factor(norm, self.clip_grad) * scale
 
     def update(self, factor: float, lr: float) -> None:
@@ -86,11 +87,12 @@ class TrainStep:
 
 @dataclass(frozen=True)
 class Totals:
-    """Over all ranks: the loss per valid token (0.0 if there is none), the weight of valid tokens, and for a BERT the
-    loss per sample of its sentences."""
+    """Over all ranks: the loss per valid token (0.0 if there is none), the weight of valid tokens, the number of all,
+    and for a BERT the loss per sample of its sentences."""
 
     loss: float
     weight: float
+    num_tokens: int
     sentence_loss: float | None
 
 
@@ -101,5 +103,6 @@ def totals(sums: LossSums, topology: Topology, *others: Tensor) -> tuple[Totals,
     """
     is_counted = topology.tp.is_first  # tensor ranks compute the same losses
     own = torch.stack((*(value * is_counted for value in sums), *others))
-    loss, weight, sentence_loss, num_sentences, *rest = all_reduce(own, topology.world).tolist()
-    return Totals(loss / (weight or 1.0), weight, sentence_loss / num_sentences if num_sentences else None), rest
+    loss, weight, sentence_loss, num_sentences, num_tokens, *rest = all_reduce(own, topology.world).tolist()
+    sentence_mean = sentence_loss / num_sentences if num_sentences else None
+    return Totals(loss / (weight or 1.0), weight, int(num_tokens), sentence_mean), rest

@@ -105,7 +105,7 @@ class Trainer:
         started = time.perf_counter()
         batches = [batch.to(self.topology.device) for batch in next(loader)]
         result = self.step.run(batches, iteration, rate)
-        clock.add(time.perf_counter() - started)
+        clock.add(time.perf_counter() - started, result.num_tokens)
         progress = Progress(iteration, loader.consumed_samples)
         if iteration % self.run.logging.log_interval == 0:
             self.log.step(clock.metrics(progress, result, rate))

@@ -68,6 +68,8 @@ def run_case(case: Case, prefix: Path, weights: LossWeights, model: str) -> list
             padding=case.padding(),
         )
         result = step.run(batches, epoch, LEARNING_RATE)
+        own = sum(batch.tokens.numel() for batch in batches)
+        assert result.num_tokens == own if case.layout.dp == 1 else result.num_tokens > own
         results.append((result.loss, result.grad_norm))
     return results
 

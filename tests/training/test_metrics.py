@@ -9,7 +9,7 @@ from megatron.training.metrics import StepClock, peak_memory_bytes
 from megatron.training.step import StepResult
 from small_run import small_run
 
-RESULT = StepResult(loss=2.5, grad_norm=0.75, valid_tokens=900)
+RESULT = StepResult(loss=2.5, grad_norm=0.75, valid_tokens=900, num_tokens=2048)
 CPU = torch.device("cpu")
 
 
@@ -25,14 +25,14 @@ class WallClock:
 def test_speeds_are_means_over_the_steps_since_the_last_logged_one():
     run = small_run(4, global_batch_size=16, tensor_model_parallel_size=2)
     clock = StepClock(run, CPU, 0)
-    clock.add(1.0)
+    clock.add(1.0, 5)
     clock.metrics(Progress(1, 16), RESULT, 1e-3)
-    clock.add(2.0)
-    clock.add(4.0)
+    clock.add(2.0, 2000)
+    clock.add(4.0, 1000)
     metrics = clock.metrics(Progress(3, 48), RESULT, 5e-4)
     assert metrics.step_time_s == 3.0
-    assert metrics.tokens_per_s == 16 * 128 / 3.0
-    expected_flops_per_s = 16 * 128 * flops_per_token(run.model, 128) / 3.0
+    assert metrics.tokens_per_s == 500.0
+    expected_flops_per_s = 500.0 * flops_per_token(run.model, 128)
     assert metrics.tflops_per_gpu == pytest.approx(expected_flops_per_s / 4 / 1e12, rel=1e-12)
     assert (metrics.iteration, metrics.consumed_samples, metrics.learning_rate) == (3, 48, 5e-4)
     assert (metrics.lm_loss, metrics.grad_norm, metrics.valid_tokens) == (2.5, 0.75, 900)
@@ -43,7 +43,7 @@ def test_the_eta_counts_evaluations_and_checkpoints_but_not_the_first_iteration(
     clock = StepClock(small_run(train_iters=20), CPU, 10, now=wall)
     etas = []
     for iteration, iteration_ends_at in ((11, 60.0), (12, 62.0), (13, 70.0)):
-        clock.add(1.0)
+        clock.add(1.0, 1)
         wall.time_s = iteration_ends_at  # one second is the step's, the rest goes to evaluation and saving
         etas.append(clock.metrics(Progress(iteration, 0), RESULT, 1e-3).eta_s)
         clock.resume()
@@ -53,7 +53,7 @@ def test_the_eta_counts_evaluations_and_checkpoints_but_not_the_first_iteration(
 
 def test_a_run_of_one_iteration_has_nothing_left():
     clock = StepClock(small_run(train_iters=1), CPU, 0)
-    clock.add(1.0)
+    clock.add(1.0, 1)
     assert clock.metrics(Progress(1, 2), RESULT, 1e-3).eta_s == 0.0
 
 
