@@ -52,7 +52,7 @@ class Conversations:
 
     @cached_property
     def text(self) -> IndexedDataset:
-        text = IndexedDataset(f"{self.prefix}{TEXT_SUFFIX}", self._store)
+        text = self._opened(TEXT_SUFFIX)
         if not np.array_equal(text.sequence_lengths, self._roles.sequence_lengths):
             raise DataError(
                 f"{self.prefix}: {TEXT_SUFFIX} and {ROLE_SUFFIX} hold conversations of different lengths; they are not "
@@ -62,7 +62,16 @@ class Conversations:
 
     @cached_property
     def _roles(self) -> IndexedDataset:
-        return IndexedDataset(f"{self.prefix}{ROLE_SUFFIX}", self._store)
+        return self._opened(ROLE_SUFFIX)
+
+    def _opened(self, suffix: str) -> IndexedDataset:
+        try:
+            return IndexedDataset(f"{self.prefix}{suffix}", self._store)
+        except DataError as error:
+            raise DataError(
+                f"--data_type instruction reads {self.prefix}{TEXT_SUFFIX} and {ROLE_SUFFIX}, as "
+                f"tools/preprocess_instruct_data.py writes them: {error}"
+            ) from error
 
     def read(self, number: int, max_tokens: int) -> tuple[np.ndarray, np.ndarray]:
         """Return the first tokens [t] of one conversation, and their roles [t]."""

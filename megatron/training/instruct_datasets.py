@@ -10,7 +10,6 @@ from pathlib import Path
 from megatron.config import RunConfig
 from megatron.data.blend import Blend, Member
 from megatron.data.epoch_blend import EpochBlend
-from megatron.data.indexed import IndexedDataset
 from megatron.data.instruct import (
     TEXT_SUFFIX,
     Conversations,
@@ -46,7 +45,8 @@ class InstructionSources:
                 "tools/preprocess_instruct_data.py and give its --output_prefix."
             )
         text = f"{instruction_prefix(path)}{TEXT_SUFFIX}"
-        return Member(text, partial(IndexedDataset, text, self.store), self.store)
+        opened = self._open(path).text
+        return Member(text, lambda: opened, self.store)
 
     def build(
         self,

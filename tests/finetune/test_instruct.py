@@ -122,7 +122,11 @@ def test_a_blend_is_in_shares_and_its_order_does_not_depend_on_the_runs_length(d
         ({"eod_mask_loss": None}, ConfigError, "--eod_mask_loss is about documents end to end"),
         ({"scalar_loss_mask": -1}, ConfigError, "--scalar_loss_mask -1 is no weight"),
         ({"data_path": "x.jsonl"}, DataError, "x.jsonl: is text, .* make them with tools/preprocess_instruct_data.py"),
-        ({"data_path": "none"}, DataError, "none-text"),
+        (
+            {"data_path": "none"},
+            DataError,
+            "--data_type instruction reads none-text and -role, as .*: none-text: there is no",
+        ),
     ],
 )
 def test_mistakes_are_explained(flags: dict[str, object], error: type[Exception], message: str, data: Path):

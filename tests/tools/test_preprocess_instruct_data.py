@@ -3,6 +3,8 @@ from __future__ import annotations
 import itertools
 import json
 import runpy
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -85,6 +87,17 @@ def test_the_files_are_the_same_for_any_number_of_workers(tmp_path, preprocess, 
     first = [path.read_bytes() for path in sorted(tmp_path.iterdir())]
     preprocess(*usual, "--workers", 2, "--chunk_size", 100)
     assert [path.read_bytes() for path in sorted(tmp_path.iterdir())] == first
+
+
+def test_nothing_that_starts_slowly_is_imported(tmp_path):
+    words = list(map(str, original_command(tmp_path / "out")))
+    code = (
+        "import runpy, sys\n"
+        f"runpy.run_path({str(ROOT / 'tools' / 'preprocess_instruct_data.py')!r})['main'](sys.argv[1:])\n"
+        "print('imported:', sorted({'torch', 'transformers', 'awkward', 'pyarrow', 'zstandard'} & {*sys.modules}))"
+    )
+    result = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, timeout=120)
+    assert result.stdout.splitlines()[-1] == "imported: []", result.stderr
 
 
 def test_control_tokens_in_a_text_stay_text(tmp_path, preprocess):
