@@ -29,7 +29,7 @@ from tqdm import tqdm
 
 from megatron.checkpoint.conversion import SAVERS, Conversion, Target
 from megatron.checkpoint.diff import compare, is_weights_only
-from megatron.checkpoint.opening import FORMATS, open_source
+from megatron.checkpoint.opening import FORMATS, format_of, open_megatron_legacy, open_source
 from megatron.checkpoint.reshard import has_optimizer_state
 from megatron.checkpoint.show import format_bytes, overview
 from megatron.checkpoint.source import MODEL, Source, num_entry_bytes
@@ -69,7 +69,7 @@ def main(argv: list[str]) -> None:
 
 def _convert(options: argparse.Namespace) -> None:
     target = _target(options)
-    source = _open(options.load_dir, loader=options.loader, iteration=options.load_iters, config=options.config)
+    source = _open_to_convert(options)
     _check_model_type(source, options.model_type)
     _print_source(source)
     if options.true_vocab_size is not None:
@@ -103,6 +103,15 @@ def _target(options: argparse.Namespace) -> Target:
     )
 
 
+def _open_to_convert(options: argparse.Namespace) -> Source:
+    folder, loader, iteration = options.load_dir, options.loader, options.load_iters
+    if not options.rotary_halves:
+        return _open(folder, loader=loader, iteration=iteration, config=options.config)
+    if loader != "megatron_legacy":
+        raise ConfigError("--rotary_halves is about trees of Megatron-LLM; give --loader megatron_legacy with it.")
+    return open_megatron_legacy(Path(folder), iteration, rotary_halves=True)
+
+
 def _open(folder: str, *, loader: str = "auto", iteration: int | None = None, config: Path | None = None) -> Source:
     path = Path(folder)
     known = next((known for known in FORMATS if known.name == loader), None)
@@ -110,7 +119,7 @@ def _open(folder: str, *, loader: str = "auto", iteration: int | None = None, co
         raise CheckpointError(f"--loader {loader}: {path} is not {known.looks_like}; give another loader or none.")
     if config is None:
         return open_source(path, iteration) if known is None else known.open(path, iteration)
-    found = known or next((known for known in FORMATS if known.recognises(path)), None)
+    found = known or format_of(path)
     if found is not None and found.name == "dcp":
         return open_dcp(path, iteration, config=config)
     if found is not None and found.name == "torch":
@@ -170,7 +179,8 @@ def _print_plan(conversion: Conversion, root: Path) -> None:
 
 def _verify(options: argparse.Namespace) -> None:
     path = Path(options.dir)
-    if any(known.name == "megatron" and known.recognises(path) for known in FORMATS):
+    known = format_of(path)
+    if known is not None and known.name == "megatron":
         folders = folders_to_verify(path, options.load_iters, every=options.all)
         with _progress(sum(map(stored_bytes, folders)), "verified") as on_bytes:
             findings = [verify_iteration(f, num_workers=options.num_workers, on_bytes=on_bytes) for f in folders]
@@ -249,6 +259,12 @@ def _add_source_flags(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--load_iters", type=int, metavar="N", help="iteration to read; default: the latest")
     group.add_argument("--loader", choices=LOADERS, default="auto", help="format to read; default: what the folder is")
     _add_config(group)
+    group.add_argument(
+        "--rotary_halves",
+        action="store_true",
+        help="with --loader megatron_legacy: a tree from before Megatron-LLM's permute_qkv.py, queries and keys as in "
+        "Hugging Face",
+    )
     group.add_argument(
         "--model_type", choices=MODEL_TYPES, help="compared with what the source holds; recorded if it does not say"
     )

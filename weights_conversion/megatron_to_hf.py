@@ -25,9 +25,8 @@ from megatron.checkpoint.hf_export import (
     split_by_size,
     write_hf_folder,
 )
-from megatron.checkpoint.legacy import LegacySource
 from megatron.checkpoint.model_export import ModelExport, plan_model_export
-from megatron.checkpoint.opening import open_source
+from megatron.checkpoint.opening import open_megatron_legacy, open_source
 from megatron.checkpoint.source import Source
 from megatron.checkpoint.tokenizer_roles import parse_overrides
 from megatron.checkpoint.tokenizer_source import ADDITIONS, tokenizer_of
@@ -103,7 +102,7 @@ def _add_tokenizer_flags(group: argparse._ArgumentGroup) -> None:
 
 def _open(args: argparse.Namespace) -> Source:
     if args.rotary_halves:
-        return LegacySource(args.input_dir, args.load_iters, rotary_pairs=False)
+        return open_megatron_legacy(args.input_dir, args.load_iters, rotary_halves=True)
     return open_source(args.input_dir, args.load_iters)
 
 

@@ -14,10 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron.checkpoint.hf import HuggingFaceSource, carried_files
+from megatron.checkpoint.hf import carried_files
 from megatron.checkpoint.reshard import plan_resharding, reshard
 from megatron.checkpoint.source import RunState, Source, TokenizerIdentity
-from megatron.checkpoint.tokenizer_files import TOKENIZER_FOLDER, holds_tokenizer, identity_of, tokenizer_files
+from megatron.checkpoint.tokenizer_files import TOKENIZER_FOLDER, identity_of
+from megatron.checkpoint.tokenizer_source import files_beside
 from megatron.core.layout import ParallelLayout
 from megatron.errors import CheckpointError
 from megatron.model.config import ModelConfig
@@ -84,19 +85,13 @@ def import_weights(
         raise CheckpointError(f"{root} exists and is not an empty folder; choose another or remove it.")
     folder = root / TOKENIZER_FOLDER
     try:
-        _copy(_tokenizer_beside(source), folder)
+        _copy(files_beside(source), folder)
         imported = ImportedWeights(source, model_name=model_name, tokenizer=identity_of(folder), dtype=dtype)
         plan = plan_resharding(imported, ParallelLayout(), weights_dtype=dtype)
         return reshard(plan, root, on_bytes=on_bytes)
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
         raise
-
-
-def _tokenizer_beside(source: Source) -> Mapping[str, Path]:
-    identity = source.tokenizer()
-    place = source.path if isinstance(source, HuggingFaceSource) or identity is None else Path(identity.tokenizer_model)
-    return tokenizer_files(place) if holds_tokenizer(place) else {}
 
 
 def _copy(files: Mapping[str, Path], folder: Path) -> None:

@@ -20,7 +20,7 @@ from megatron.checkpoint.meta_params import PARAMS_FILE, model_config_from_param
 from megatron.checkpoint.placement import logical_shapes
 from megatron.checkpoint.plan import Rectangle, parts_of
 from megatron.checkpoint.source import MODEL, RunState, TokenizerIdentity
-from megatron.checkpoint.tokenizer_beside import tokenizer_beside
+from megatron.checkpoint.tokenizer_files import first_identity
 from megatron.checkpoint.torch_files import TorchFile
 from megatron.errors import CheckpointError, listed
 from megatron.model.config import ModelConfig
@@ -75,7 +75,7 @@ class MetaSource:
 
     def tokenizer(self) -> TokenizerIdentity | None:
         """The tokenizer beside the weights or, as in Meta's downloads, in the folder above."""
-        return tokenizer_beside((self.path, self.path.absolute().parent))
+        return first_identity((self.path, self.path.absolute().parent))
 
     def state(self) -> RunState | None:
         return None

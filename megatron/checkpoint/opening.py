@@ -37,14 +37,15 @@ class Format:
     looks_like: str
 
 
-def open_source(path: Path, iteration: int | None = None) -> Source:
-    """Opens `path` as the first of `FORMATS` that recognises it.
+def format_of(path: Path) -> Format | None:
+    """The first of `FORMATS` that recognises `path`."""
+    return next((known for known in FORMATS if known.recognises(path)), None)
 
-    Raises CheckpointError that says what was found and what is expected.
-    """
-    for known in FORMATS:
-        if known.recognises(path):
-            return known.open(path, iteration)
+
+def open_source(path: Path, iteration: int | None = None) -> Source:
+    """Opens `path` in its format. Raises CheckpointError that says what was found and what is expected."""
+    if (known := format_of(path)) is not None:
+        return known.open(path, iteration)
     if not path.exists():
         raise CheckpointError(f"{path} does not exist; give the folder of a checkpoint or of a Hugging Face model.")
     expected = f"give {', or '.join(known.looks_like for known in FORMATS)}"
@@ -56,7 +57,7 @@ def open_source(path: Path, iteration: int | None = None) -> Source:
 
 def is_checkpoint(path: Path) -> bool:
     """Whether `path` looks like a checkpoint in any format; opening it may still find it damaged."""
-    return any(known.recognises(path) for known in FORMATS)
+    return format_of(path) is not None
 
 
 def open_checkpoint(path: Path, world: Axis, iteration: int | None = None) -> Source:
@@ -84,8 +85,9 @@ def _is_megatron_legacy(path: Path) -> bool:
     return is_legacy_tree(path) and not list_iterations(path)
 
 
-def _open_megatron_legacy(path: Path, iteration: int | None) -> LegacySource:
-    source = LegacySource(path, iteration)
+def open_megatron_legacy(path: Path, iteration: int | None, *, rotary_halves: bool = False) -> LegacySource:
+    """`rotary_halves`: queries and keys have the order of Hugging Face, whatever the tree says."""
+    source = LegacySource(path, iteration, rotary_pairs=False if rotary_halves else None)
     for note in source.notes:
         logger.warning(note)
     return source
@@ -128,7 +130,7 @@ FORMATS: tuple[Format, ...] = (
     Format(
         "megatron_legacy",
         _is_megatron_legacy,
-        _open_megatron_legacy,
+        open_megatron_legacy,
         "a tree of Megatron-LM or Megatron-LLM (with mp_rank_XX folders)",
     ),
     Format(

@@ -13,14 +13,15 @@ from pathlib import Path
 import torch
 
 from megatron.checkpoint.commit import check_room, check_save_folder, commit
-from megatron.checkpoint.hf import HuggingFaceSource, carried_files
+from megatron.checkpoint.hf import carried_files
 from megatron.checkpoint.manager import file_name
 from megatron.checkpoint.placement import regions_of_rank
 from megatron.checkpoint.plan import Rectangle
 from megatron.checkpoint.source import MODEL, CheckpointInfo, RunState, Source, TokenizerIdentity
 from megatron.checkpoint.storage import PlannedPiece
 from megatron.checkpoint.streaming import write_files
-from megatron.checkpoint.tokenizer_files import TOKENIZER_FOLDER, identity_of, tokenizer_files
+from megatron.checkpoint.tokenizer_files import SENTENCEPIECE_FILE, TOKENIZER_FOLDER, identity_of
+from megatron.checkpoint.tokenizer_source import files_beside
 from megatron.core.layout import ParallelLayout
 from megatron.core.topology import Axis
 from megatron.errors import CheckpointError, listed
@@ -111,16 +112,19 @@ def reshard(
 
 def _carry_tokenizer(source: Source, root: Path) -> TokenizerIdentity | None:
     """Copies the source's own tokenizer, so that the new checkpoint does not depend on the old folder."""
-    identity = source.tokenizer()
-    own = source.path if isinstance(source, HuggingFaceSource) else source.path.parent / TOKENIZER_FOLDER
-    target = root / TOKENIZER_FOLDER
-    if identity is None or not Path(identity.tokenizer_model).is_relative_to(own.absolute()):
+    identity, files, target = source.tokenizer(), files_beside(source), root / TOKENIZER_FOLDER
+    if not files:
         return identity
-    if own.absolute() != target.absolute():
-        target.mkdir(exist_ok=True)
-        for name, file in tokenizer_files(own).items():
+    target.mkdir(exist_ok=True)
+    for name, file in files.items():
+        if file.resolve() != (target / name).resolve():
             shutil.copyfile(file, target / name)
-    return identity_of(target)
+    held = identity_of(target)
+    if identity is None or (held is not None and held.tokenizer_type == identity.tokenizer_type):
+        return held
+    lone = target / SENTENCEPIECE_FILE
+    place = lone if identity.tokenizer_type == "SentencePieceTokenizer" and lone.is_file() else target
+    return TokenizerIdentity(identity.tokenizer_type, str(place.absolute()), identity.sha256)
 
 
 def _kinds(source: Source, shapes: Mapping[str, tuple[int, ...]]) -> tuple[str, ...]:

@@ -27,7 +27,7 @@ from megatron.checkpoint.meta_params import model_config_from_params
 from megatron.checkpoint.named_tensors import NamedTensors, Renamed
 from megatron.checkpoint.placement import logical_shapes
 from megatron.checkpoint.source import JSON, MODEL, RunState, TokenizerIdentity
-from megatron.checkpoint.tokenizer_beside import tokenizer_beside
+from megatron.checkpoint.tokenizer_files import first_identity
 from megatron.checkpoint.torch_files import TorchFile
 from megatron.errors import CheckpointError
 from megatron.model.config import ModelConfig
@@ -113,7 +113,7 @@ class StateDictSource:
 
     def tokenizer(self) -> TokenizerIdentity | None:
         folder = self.path if self.path.is_dir() else self.path.absolute().parent
-        return tokenizer_beside((folder, self._description.file.absolute().parent))
+        return first_identity((folder, self._description.file.absolute().parent))
 
     def state(self) -> RunState | None:
         """The step, where the optimizer's state says one; the place in the data is not known, nor the seed."""

@@ -76,7 +76,7 @@ def export_tokenizer(
     TokenizerError for an id without a row, ConfigError for an override that the vocabulary does not have.
     """
     assert config.path is not None
-    files = tokenizer_files(Path(config.path))
+    files = tokenizer_files(Path(config.path), None if config.merge_file is None else Path(config.merge_file))
     additions = config.vocab_extra_ids > 0 or bool(config.vocab_extra_ids_list)
     if not additions and _is_hugging_face(config, files):
         return _copied(files, folder, overrides or {})

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Final
 
 from megatron.checkpoint.source import TokenizerIdentity
 from megatron.errors import CheckpointError
+from megatron.tokenizer.gpt2 import MERGES_FILE, VOCAB_FILE
 from megatron.tokenizer.protocol import file_sha256
 from megatron.tokenizer.tiktoken import is_ranks_file
 
@@ -16,14 +18,14 @@ SENTENCEPIECE_FILE: Final = "tokenizer.model"
 HUGGING_FACE_FILE: Final = "tokenizer.json"
 CONFIG_FILE: Final = "tokenizer_config.json"
 # What older tokenizers consist of; transformers makes a tokenizer.json of them when it loads them.
-_VOCABULARIES: Final = ("vocab.json", "vocab.txt")
+_VOCABULARIES: Final = (VOCAB_FILE, "vocab.txt")
 _MAIN_FILES: Final = frozenset((SENTENCEPIECE_FILE, HUGGING_FACE_FILE, *_VOCABULARIES))
 _OTHER_FILES: Final = (
     CONFIG_FILE,
     "special_tokens_map.json",
     "added_tokens.json",
     *_VOCABULARIES,
-    "merges.txt",
+    MERGES_FILE,
     "chat_template.jinja",
     "chat_template.json",
 )
@@ -34,11 +36,15 @@ def holds_tokenizer(path: Path) -> bool:
     return path.is_file() or bool(_known_files(path).keys() & _MAIN_FILES)
 
 
-def tokenizer_files(path: Path) -> dict[str, Path]:
+def tokenizer_files(path: Path, merge_file: Path | None = None) -> dict[str, Path]:
     """File names, as transformers knows them, -> the files of the tokenizer at `path`: a folder, or its main file.
 
-    Raises CheckpointError if there is no tokenizer.
+    With `merge_file`, `path` is a vocabulary of GPT-2's kind, whatever both are called, and what lies beside it is
+    another tokenizer. Raises CheckpointError if there is no tokenizer.
     """
+    if merge_file is not None:
+        vocabulary = path / VOCAB_FILE if path.is_dir() else path
+        return {VOCAB_FILE: vocabulary, MERGES_FILE: merge_file}
     if path.is_file():
         main = path.name if path.name in _MAIN_FILES else _main_name(path)
         return {**_known_files(path.parent), main: path}
@@ -58,6 +64,11 @@ def identity_of(folder: Path) -> TokenizerIdentity | None:
         kind = "TikTokenizer" if is_ranks_file(file) else "SentencePieceTokenizer"
         return TokenizerIdentity(kind, str(file.absolute()), file_sha256(file))
     return None
+
+
+def first_identity(folders: Iterable[Path]) -> TokenizerIdentity | None:
+    """The tokenizer in the first of `folders` that has one."""
+    return next((found for folder in folders if (found := identity_of(folder)) is not None), None)
 
 
 def _known_files(folder: Path) -> dict[str, Path]:

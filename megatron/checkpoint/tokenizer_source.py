@@ -6,8 +6,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
 
+from megatron.checkpoint.manifest import MANIFEST_FILE
 from megatron.checkpoint.source import Source
-from megatron.checkpoint.tokenizer_files import SENTENCEPIECE_FILE, TOKENIZER_FOLDER, tokenizer_files
+from megatron.checkpoint.tokenizer_files import (
+    SENTENCEPIECE_FILE,
+    TOKENIZER_FOLDER,
+    holds_tokenizer,
+    tokenizer_files,
+)
 from megatron.tokenizer.config import TokenizerConfig
 from megatron.tokenizer.huggingface import HuggingFaceTokenizer
 
@@ -27,7 +33,8 @@ def tokenizer_of(
     found = _place(source, recorded) if path is None else Path(path)
     if found is None:
         return None
-    files = tokenizer_files(found)
+    merge_file = _merge_file(recorded, found)
+    files = tokenizer_files(found, merge_file)
     if not recorded and not additions:
         # Weights that were only converted: their tokenizer is what its files say, and transformers knows how to read
         # all of them but a tokenizer.model alone.
@@ -40,7 +47,20 @@ def tokenizer_of(
         kept.setdefault("tokenizer_type", identity.tokenizer_type)
     if path is not None:
         kept = {**kept, "tokenizer_type": None, "tiktoken_encoding": None}
+    if merge_file is not None:
+        kept["merge_file"] = str(merge_file)
     return TokenizerConfig(**{**kept, "tokenizer_model": str(found), **(additions or {})})
+
+
+def files_beside(source: Source) -> dict[str, Path]:
+    """The files of the tokenizer that lies with `source`, by the names they travel under; none if there is none."""
+    identity = source.tokenizer()
+    named = [] if identity is None or not identity.tokenizer_model else [Path(identity.tokenizer_model)]
+    # A run's copy counts before the place that the manifest names: the folder may have been moved.
+    own = [source.path.parent / TOKENIZER_FOLDER] if (source.path / MANIFEST_FILE).is_file() else []
+    folder = [source.path] if source.path.is_dir() else []
+    place = next((place for place in (*own, *named, *folder) if holds_tokenizer(place)), None)
+    return {} if place is None else tokenizer_files(place)
 
 
 def _recorded(source: Source) -> Mapping[str, Any]:
@@ -52,11 +72,19 @@ def _recorded(source: Source) -> Mapping[str, Any]:
     return {name: tuple(value) if isinstance(value, list) else value for name, value in section.items()}
 
 
+def _merge_file(recorded: Mapping[str, Any], found: Path) -> Path | None:
+    """That of the vocabulary `found`, if the run named one and it is still there."""
+    named = recorded.get("merge_file")
+    is_its_own = str(found) in (recorded.get("tokenizer_model"), recorded.get("vocab_file"))
+    return Path(named) if named and is_its_own and Path(named).is_file() else None
+
+
 def _place(source: Source, recorded: Mapping[str, Any]) -> Path | None:
     """What the checkpoint names, or its copy beside the checkpoint."""
     identity = source.tokenizer()
     named = recorded.get("tokenizer_model") or recorded.get("vocab_file") or (identity and identity.tokenizer_model)
-    if named and Path(named).exists():
+    merges = recorded.get("merge_file")
+    if named and Path(named).exists() and (not merges or Path(merges).exists()):
         return Path(named)
     for folder in (source.path / TOKENIZER_FOLDER, source.path.parent / TOKENIZER_FOLDER):
         if named and named.endswith(".model") and (folder / SENTENCEPIECE_FILE).is_file():

@@ -44,10 +44,11 @@ def checkpoint_arguments(source: Source) -> CheckpointArguments:
 
 def _moved_along(tokenizer: Mapping[str, object], beside: Path) -> Mapping[str, object]:
     """Where the files are no longer where they were, the copy beside the checkpoint: a run's folder may be moved."""
-    path = tokenizer.get("tokenizer_model") or tokenizer.get("vocab_file")
-    if not isinstance(path, str) or Path(path).exists() or not beside.is_dir():
+    paths = (tokenizer.get("tokenizer_model") or tokenizer.get("vocab_file"), tokenizer.get("merge_file"))
+    gone = [path for path in paths if isinstance(path, str) and not Path(path).exists()]
+    if not gone or not beside.is_dir():
         return tokenizer
-    return {**tokenizer, "tokenizer_model": str(beside), "vocab_file": None}
+    return {**tokenizer, "tokenizer_model": str(beside), "vocab_file": None, "merge_file": None}
 
 
 def _section(recorded: Mapping[str, object], name: str) -> Mapping[str, object]:

@@ -35,6 +35,7 @@ from megatron.checkpoint.legacy import LegacySource, mapped
 from megatron.checkpoint.source import Source
 from megatron.errors import CheckpointError
 from megatron.model.config import ModelConfig
+from megatron.tokenizer.config import TokenizerConfig
 
 MODELS = {
     "llama": LLAMA,
@@ -221,6 +222,55 @@ def test_what_a_run_recorded_besides_weights_is_kept(tmp_path):
         "SentencePieceTokenizer",
         str(tmp_path / "tokenizer.model"),
     )
+
+
+@pytest.mark.parametrize(
+    ("args", "expected"),
+    [
+        ({"tokenizer_type": "SentencePieceTokenizer", "vocab_file": None}, None),
+        (
+            {
+                "tokenizer_type": "SentencePieceTokenizer",
+                "vocab_file": "/gone/sp.model",
+                "vocab_extra_ids": 2,
+                "vocab_extra_ids_list": "[a],[b]",
+                "new_tokens": True,
+            },
+            TokenizerConfig(
+                tokenizer_type="SentencePieceTokenizer",
+                tokenizer_model="/gone/sp.model",
+                vocab_extra_ids=2,
+                vocab_extra_ids_list=("[a]", "[b]"),
+            ),
+        ),
+        (
+            {"tokenizer_type": "SentencePieceTokenizer", "vocab_file": "/gone/sp.model", "new_tokens": False},
+            TokenizerConfig(
+                tokenizer_type="SentencePieceTokenizer", tokenizer_model="/gone/sp.model", no_new_tokens=True
+            ),
+        ),
+        (
+            {"tokenizer_type": "Llama2Tokenizer", "tokenizer_model": "/gone/sp.model"},
+            TokenizerConfig(
+                tokenizer_type="SentencePieceTokenizer", tokenizer_model="/gone/sp.model", no_new_tokens=True
+            ),
+        ),
+        (
+            {"tokenizer_type": "GPT2BPETokenizer", "vocab_file": "/gone/v.json", "merge_file": "/gone/m.txt"},
+            TokenizerConfig(
+                tokenizer_type="GPT2BPETokenizer", tokenizer_model="/gone/v.json", merge_file="/gone/m.txt"
+            ),
+        ),
+        ({"tokenizer_type": "MultimodalTokenizer", "tokenizer_model": "name"}, None),
+        ({"tokenizer_type": ["odd"], "vocab_file": 3}, None),
+    ],
+)
+def test_the_tokenizer_that_a_run_recorded_is_known(tmp_path, args, expected):
+    write_tree(tmp_path, LLAMA, random_weights(LLAMA), Spelling(args=args))
+    source = LegacySource(tmp_path)
+    section = source.state().config.get("tokenizer")
+    assert (None if section is None else TokenizerConfig(**section)) == expected
+    assert source.tokenizer() is None
 
 
 def test_an_iteration_or_the_release_is_chosen_by_tracker_number_or_folder(tmp_path):

@@ -17,6 +17,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import legacy_trees
+from hf_folders import save_llama
 from megatron.checkpoint.manager import load, save
 from megatron.checkpoint.native import NativeSource
 from megatron.checkpoint.opening import open_source
@@ -27,6 +29,8 @@ from megatron.core.sharding import Region
 from megatron.core.topology import Axis
 from megatron.errors import CheckpointError, MegatronError
 from megatron.model.config import ModelConfig
+from meta_folders import random_weights, save_meta
+from tiny_tokenizers import write_gpt2, write_huggingface
 
 Main = Callable[[list[str]], None]
 Rewrite = Callable[..., str]
@@ -268,6 +272,58 @@ def test_its_own_tokenizer_travels_with_a_checkpoint(tmp_path: Path, rewrite: Re
     assert carried is not None and carried.tokenizer_model == str(copy / "tokenizer.model")
 
 
+def test_a_tokenizer_travels_wherever_the_folder_of_its_run_was_moved_to(tmp_path: Path, rewrite: Rewrite) -> None:
+    tokenizer = tmp_path / "run" / "tokenizer"
+    tokenizer.mkdir(parents=True)
+    write_gpt2(write_huggingface(tmp_path / "bpe"), tokenizer)
+    write_checkpoint(tmp_path / "run", tokenizer=TokenizerIdentity("GPT2BPETokenizer", str(tokenizer), "5a"))
+    (tmp_path / "run").rename(tmp_path / "moved")
+    rewrite(tmp_path / "moved", tmp_path / "out")
+    copy = tmp_path / "out" / "tokenizer"
+    assert {file.name for file in copy.iterdir()} == {"vocab.json", "merges.txt"}
+    assert open_source(tmp_path / "out").tokenizer() == TokenizerIdentity("GPT2BPETokenizer", str(copy), "5a")
+
+
+@pytest.mark.parametrize("flags", [(), ("--true_vocab_size", "400")], ids=["as it is", "with another vocabulary"])
+@pytest.mark.parametrize("older", [False, True], ids=["tokenizer.json", "vocab.json and merges.txt"])
+def test_the_tokenizer_of_a_hugging_face_folder_travels(tmp_path: Path, main: Main, older: bool, flags) -> None:
+    save_llama(tmp_path / "hf")
+    bpe = write_huggingface(tmp_path / "bpe" if older else tmp_path / "hf")
+    if older:
+        write_gpt2(bpe, tmp_path / "hf")
+    main(["--load_dir", str(tmp_path / "hf"), "--save_dir", str(tmp_path / "out"), *flags])
+    kept = {file.name for file in (tmp_path / "out" / "tokenizer").iterdir()}
+    assert kept == ({"vocab.json", "merges.txt"} if older else {"tokenizer.json", "tokenizer_config.json"})
+    shutil.rmtree(tmp_path / "hf")
+    identity = open_source(tmp_path / "out").tokenizer()
+    assert (identity is None) if older else (identity.tokenizer_model == str(tmp_path / "out" / "tokenizer"))
+
+
+@pytest.mark.parametrize("kind", ["meta", "tree"])
+def test_the_tokenizer_beside_weights_of_another_format_travels(tmp_path: Path, main: Main, kind: str) -> None:
+    if kind == "meta":
+        folder = save_meta(tmp_path / "in", random_weights(), 2)
+    else:
+        folder = tmp_path / "in"
+        legacy_trees.write_tree(
+            folder, legacy_trees.LLAMA, legacy_trees.random_weights(legacy_trees.LLAMA), legacy_trees.Spelling()
+        )
+    (folder / "tokenizer.model").write_bytes(b"pieces")
+    main(["--load_dir", str(folder), "--save_dir", str(tmp_path / "out")])
+    copy = tmp_path / "out" / "tokenizer" / "tokenizer.model"
+    assert copy.read_bytes() == b"pieces"
+    assert open_source(tmp_path / "out").tokenizer().tokenizer_model == str(copy)
+
+
+def test_a_tree_of_megatron_llms_first_versions_needs_no_permute_qkv(tmp_path: Path, main: Main) -> None:
+    weights = legacy_trees.random_weights(legacy_trees.LLAMA)
+    tree = tmp_path / "tree"
+    legacy_trees.write_tree(tree, legacy_trees.LLAMA, weights, legacy_trees.Spelling(rotary_pairs=False))
+    words = ["--load_dir", str(tree), "--save_dir", str(tmp_path / "out")]
+    main([*words, "--loader", "megatron_legacy", "--rotary_halves"])
+    assert_same(entries(tmp_path / "out"), {f"model.{name}": tensor for name, tensor in weights.items()})
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
@@ -286,6 +342,7 @@ def test_its_own_tokenizer_travels_with_a_checkpoint(tmp_path: Path, rewrite: Re
         ((VIRTUAL, "2", "--target_pipeline_parallel_size", "2"), "they are not a multiple of 4; choose another size"),
         (("--max_queue_size", "50"), "--max_queue_size is not needed"),
         (("--load_iters", "8"), "found 7"),
+        (("--rotary_halves",), "--rotary_halves is about trees of Megatron-LLM; give --loader megatron_legacy with it"),
     ],
 )
 def test_a_bad_request_says_what_to_do_and_writes_nothing(tmp_path: Path, main: Main, flags, message: str) -> None:

@@ -12,6 +12,7 @@ import torch
 
 from checkpoint_samples import INFO, save_from_one_process
 from hf_folders import save_llama, stored_tensors
+from legacy_trees import LLAMA, Spelling, random_weights, write_tree
 from megatron.core.layout import ParallelLayout
 from megatron.errors import CheckpointError, ConfigError
 
@@ -79,6 +80,15 @@ def test_verify_reads_a_format_without_checksums_to_its_end(tmp_path: Path, run:
     save_llama(tmp_path / "hf")
     status, report = run("verify", tmp_path / "hf")
     assert status == 0 and "is of a format without checksums" in report and "no damage" in report
+
+
+def test_verify_reads_the_files_of_a_released_tree(tmp_path: Path, run: Run) -> None:
+    weights = random_weights(LLAMA)
+    write_tree(tmp_path / "tree", LLAMA, weights, Spelling(tp=2, pp=2), name="release")
+    status, printed = run("verify", tmp_path / "tree")
+    assert status == 0
+    assert "tree/release is of a format without checksums" in printed
+    assert "no damage in 4 file(s)" in printed
 
 
 def test_verify_of_what_is_no_checkpoint_is_an_error(tmp_path: Path, run: Run) -> None:

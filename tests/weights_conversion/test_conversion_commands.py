@@ -20,7 +20,7 @@ from megatron.checkpoint.hf import HuggingFaceSource
 from megatron.checkpoint.manager import save
 from megatron.checkpoint.opening import open_source
 from megatron.checkpoint.placement import logical_shapes
-from megatron.checkpoint.source import CheckpointInfo, LocalTensor, RunState
+from megatron.checkpoint.source import CheckpointInfo, LocalTensor, RunState, TokenizerIdentity
 from megatron.core.sharding import Block, ShardSpec
 from megatron.core.topology import Axis
 from megatron.errors import CheckpointError, ConfigError, MegatronError, TokenizerError
@@ -433,6 +433,42 @@ def test_what_a_run_trained_with_is_what_its_export_has(exporter, run_folder, tm
     assert generation.eos_token_id == [ours.eos, ours.eod]
 
 
+@pytest.mark.parametrize("place", ["recorded", "beside the tree", "given"])
+def test_an_original_tree_is_exported_with_the_tokens_it_was_trained_with(exporter, place, tmp_path):
+    folder = tmp_path / "files"
+    folder.mkdir()
+    file = write_sentencepiece(folder)
+    model = replace(legacy_trees.LLAMA, vocab_size=SENTENCEPIECE_PIECES + 8)
+    args = {
+        "tokenizer_type": "SentencePieceTokenizer",
+        "vocab_file": str(file) if place == "recorded" else "/gone/tokenizer.model",
+        "vocab_extra_ids": 1,
+        "vocab_extra_ids_list": "<|im_start|>,<|im_end|>",
+        "new_tokens": True,
+    }
+    tree = tmp_path / "tree"
+    spelling = legacy_trees.Spelling(padded=384, args=args)
+    legacy_trees.write_tree(tree, model, legacy_trees.random_weights(model), spelling)
+    if place == "beside the tree":
+        shutil.copyfile(file, tree / "tokenizer.model")
+    given = [f"--vocab_file={file}"] if place == "given" else []
+    exporter.main([f"--input_dir={tree}", f"--output_dir={tmp_path / 'hf'}", *given])
+    theirs = AutoTokenizer.from_pretrained(tmp_path / "hf")
+    added = ["<CLS>", "<SEP>", "<EOD>", "<MASK>", "<PAD>", "<extra_id_0>", "<|im_start|>", "<|im_end|>"]
+    assert theirs.convert_tokens_to_ids(added) == list(range(SENTENCEPIECE_PIECES, SENTENCEPIECE_PIECES + 8))
+
+
+def test_tokens_that_were_added_survive_a_tree(exporter, run_folder, tmp_path):
+    checkpoint_util = load("checkpoint_util", SCRIPTS.parent / "tools")
+    checkpoint_util.main([f"--load_dir={run_folder}", f"--save_dir={tmp_path / 'tree'}", "--saver=megatron_legacy"])
+    shutil.rmtree(run_folder / "tokenizer")
+    for folder in (run_folder, tmp_path / "tree"):
+        exporter.main([f"--input_dir={folder}", f"--output_dir={tmp_path / f'hf of {folder.name}'}"])
+    theirs = AutoTokenizer.from_pretrained(tmp_path / "hf of tree")
+    assert theirs.convert_tokens_to_ids("<|im_end|>") == SENTENCEPIECE_PIECES + 7
+    assert not (tmp_path / "hf of run" / "tokenizer.json").exists()
+
+
 def save_run(root: Path, *, vocab_size: int, config: dict[str, object]) -> None:
     model = preset("llama2", "7")
     sizes = {"num_layers": 1, "hidden_size": 8, "num_attention_heads": 2, "num_attention_heads_kv": 2}
@@ -442,7 +478,9 @@ def save_run(root: Path, *, vocab_size: int, config: dict[str, object]) -> None:
         LocalTensor("model", ShardSpec((Block(name, shape),)).regions(0, 1), torch.randn(shape))
         for name, shape in shapes.items()
     ]
-    save(root, CheckpointInfo(RunState(iteration=5, config=config), model, "llama2"), tensors, Axis("world"))
+    identity = TokenizerIdentity("SentencePieceTokenizer", "/gone/tokenizer") if "tokenizer" in config else None
+    info = CheckpointInfo(RunState(iteration=5, config=config), model, "llama2", identity)
+    save(root, info, tensors, Axis("world"))
 
 
 def test_a_folder_without_a_tokenizer_is_named(exporter, native, tmp_path):

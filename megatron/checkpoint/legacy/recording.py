@@ -11,6 +11,7 @@ from typing import Any, Final
 import torch
 
 from megatron.checkpoint.hf import carried_files
+from megatron.checkpoint.legacy.tokenizers import tokenizer_arguments
 from megatron.checkpoint.source import Source
 from megatron.core.layout import ParallelLayout
 from megatron.errors import CheckpointError, ConfigError
@@ -36,8 +37,7 @@ def arguments_of(
     dtype: torch.dtype,
 ) -> Namespace:
     """All that its --use_checkpoint_args takes, and what its programs compare when they load."""
-    model, state, tokenizer = source.model_config(), source.state(), source.tokenizer()
-    is_sentencepiece = tokenizer is not None and tokenizer.tokenizer_type == "SentencePieceTokenizer"
+    model, state = source.model_config(), source.state()
     per_stage = model.num_layers // (layout.pp * num_chunks)
     return Namespace(
         **_model_arguments(model),
@@ -47,7 +47,7 @@ def arguments_of(
         vocab_size=model.vocab_size,
         make_vocab_size_divisible_by=vocabulary_multiple,
         tokenizer_type=_TOKENIZERS.get(model_name or "", "SentencePieceTokenizer"),
-        vocab_file=tokenizer.tokenizer_model if tokenizer is not None and is_sentencepiece else None,
+        **tokenizer_arguments(source),
         tensor_model_parallel_size=layout.tp,
         pipeline_model_parallel_size=layout.pp,
         num_layers_per_virtual_pipeline_stage=per_stage if num_chunks > 1 else None,

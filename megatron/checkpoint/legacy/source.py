@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -10,10 +10,11 @@ from torch import Tensor
 
 from megatron.checkpoint.legacy.inventory import Inventory, Place, take_inventory
 from megatron.checkpoint.legacy.mapped import MappedFiles
-from megatron.checkpoint.legacy.recording import CARRIED_ARGUMENT
+from megatron.checkpoint.legacy.recording import CARRIED_ARGUMENT, MODEL_ARGUMENT
 from megatron.checkpoint.legacy.tensors import TreeModel
+from megatron.checkpoint.legacy.tokenizers import recorded_tokenizer
 from megatron.checkpoint.legacy.tree import TOKENIZER_FILE, find_tree
-from megatron.checkpoint.source import RunState, TokenizerIdentity
+from megatron.checkpoint.source import JSON, RunState, TokenizerIdentity
 from megatron.errors import CheckpointError
 from megatron.model.config import ModelConfig
 from megatron.model.presets import MODEL_NAMES
@@ -75,30 +76,37 @@ class LegacySource:
     def tokenizer(self) -> TokenizerIdentity | None:
         """The SentencePiece model that converters leave beside the tree, else the one that training used."""
         beside = self.path.parent / TOKENIZER_FILE
-        recorded = getattr(self._recorded.args, "vocab_file", None)
-        if beside.is_file():
-            return TokenizerIdentity("SentencePieceTokenizer", str(beside))
-        is_sentencepiece = getattr(self._recorded.args, "tokenizer_type", None) == "SentencePieceTokenizer"
-        if is_sentencepiece and isinstance(recorded, str) and Path(recorded).is_file():
-            return TokenizerIdentity("SentencePieceTokenizer", recorded)
-        return None
+        recorded = self._tokenizer()
+        path = str(beside) if beside.is_file() else recorded.get("tokenizer_model")
+        if not isinstance(path, str) or not Path(path).exists():
+            return None
+        return TokenizerIdentity(str(recorded.get("tokenizer_type", "SentencePieceTokenizer")), path)
 
     def state(self) -> RunState | None:
         """None for a release. Samples are counted alike; the order they are drawn in is this project's own, so that
         the seed means nothing here.
         """
         args = self._recorded.args
-        carried = getattr(args, CARRIED_ARGUMENT, None) or {}
+        config = dict(getattr(args, CARRIED_ARGUMENT, None) or {})
+        if tokenizer := self._tokenizer():
+            config["tokenizer"] = tokenizer
         if self._tree.iteration is None:
-            return RunState(iteration=0, config=carried) if carried else None
+            return RunState(iteration=0, config=config) if config else None
         consumed, found = getattr(args, "consumed_train_samples", 0), self._optimizer
         return RunState(
             iteration=self._tree.iteration,
             consumed_samples=consumed if isinstance(consumed, int) else 0,
             optimizer={} if found is None else {"name": found.optimizer, "num_steps": found.num_steps},
             scheduler={"iteration": self._tree.iteration},
-            config=carried,
+            config=config,
         )
+
+    def _tokenizer(self) -> Mapping[str, JSON]:
+        """Nothing for a tree of this project's that no run was trained for: its tokenizer is what its files say."""
+        args = self._recorded.args
+        if hasattr(args, MODEL_ARGUMENT) and not hasattr(args, "new_tokens"):
+            return {}
+        return recorded_tokenizer(args, self.path.parent / TOKENIZER_FILE)
 
     def _read_rows(self, place: Place, rows: Tensor, columns: tuple[slice, ...]) -> Tensor:
         """`rows`: where the wanted rows lie, counted over the tensors of all ranks."""

@@ -19,6 +19,7 @@ from megatron.checkpoint.legacy.keys import nested
 from megatron.checkpoint.legacy.recording import arguments_of, beyond_megatron_llm
 from megatron.checkpoint.legacy.target import LegacyTreePlan
 from megatron.checkpoint.legacy.tensors import Part, StoredTensor
+from megatron.checkpoint.legacy.tokenizers import sentencepiece_file
 from megatron.checkpoint.legacy.tree import MODEL_FILES, RELEASE, TOKENIZER_FILE, rank_name
 from megatron.checkpoint.locate import TRACKER_FILE, list_iterations
 from megatron.checkpoint.ownership import owned
@@ -155,11 +156,9 @@ def _notes(plan: LegacyTreePlan) -> Iterator[str]:
 
 
 def _carry_tokenizer(source: Source, root: Path) -> None:
-    identity = source.tokenizer()
-    if identity is not None and identity.tokenizer_type == "SentencePieceTokenizer":
-        model, target = Path(identity.tokenizer_model), root / TOKENIZER_FILE
-        if model.is_file() and not target.exists():
-            shutil.copyfile(model, target)
+    model, target = sentencepiece_file(source), root / TOKENIZER_FILE
+    if model is not None and not target.exists():
+        shutil.copyfile(model, target)
 
 
 def _write_tracker(root: Path, text: str) -> None:
