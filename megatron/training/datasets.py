@@ -132,11 +132,13 @@ class _Builder:
         """
         split, sizes = self.run.data.split, [self._count(path) for path in blend.paths]
         parts = [split_documents(parse_split(split), size) for size in sizes]
-        is_empty = [not any(part[i] for part in parts) for i in range(len(SPLIT_NAMES))]
+        # A pair's second text may come from another document.
+        needed, left = (1, "none") if self.pairs is None else (2, "fewer than two")
+        is_empty = [sum(len(part[i]) for part in parts) < needed for i in range(len(SPLIT_NAMES))]
         for name, count, empty in zip(SPLIT_NAMES[:-1], wanted, is_empty, strict=False):
             if count and empty:
                 raise DataError(
-                    f"{', '.join(blend.paths)}: --split {split!r} of {sum(sizes)} documents leaves none for {name} "
+                    f"{', '.join(blend.paths)}: --split {split!r} of {sum(sizes)} documents leaves {left} for {name} "
                     f"(wanted: {count} samples); give {name} a larger share, use more documents, or ask for no {name} "
                     "samples (--eval_iters 0 for valid and test)."
                 )
