@@ -1,17 +1,21 @@
 """Indices, blends and random access: our times beside the bound that the machine sets.
 
-python -m benchmarks.data_indices [--scale 1.0] [--rounds 5]
+python -m benchmarks.data_indices [--scale 1.0] [--rounds 5] [--documents 100000000]
 
 Every figure is the best of `rounds` in one process, measured in turns with its bound or peer: the document order's
-random gather for the sample index, Megatron-LM's loop over all datasets for the blend, `cp` for a merge.
+random gather for the sample index, Megatron-LM's loop over all datasets for the blend, `cp` for a merge. The memory is
+that of a process that builds the indices of so many documents, of which it sees the lengths alone.
 """
 
 from __future__ import annotations
 
 import argparse
+import multiprocessing
+import resource
 import tempfile
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Final
@@ -99,6 +103,44 @@ def start_rows(folder: Path, rounds: int) -> list[str]:
     return [f"| start of a blend of 200 datasets, cached | {cached * 1e3:.1f} ms | first {first * 1e3:.0f} ms | |"]
 
 
+def memory_rows(folder: Path, num_documents: int) -> list[str]:
+    """In a process of its own: the peak is a process's."""
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, mp_context=context) as pool:
+        before, peak, seconds = pool.submit(_build_in_process, folder, num_documents).result()
+    return [
+        f"| indices of {num_documents:,} documents | {peak / 2**20:.2f} GiB at most "
+        f"| {before / 2**20:.2f} GiB before | {seconds:.0f} s |"
+    ]
+
+
+class LengthsAlone:
+    """A dataset of documents whose tokens nobody reads; their lengths are mapped, as those of an index are."""
+
+    prefix, dtype = "lengths", np.dtype(np.uint16)
+
+    def __init__(self, file: Path, num_documents: int):
+        self.fingerprint = f"{num_documents} documents"
+        random, out = np.random.default_rng(0), np.lib.format.open_memmap(file, "w+", np.int32, (num_documents,))
+        for start in range(0, num_documents, 1 << 20):
+            part = out[start : start + (1 << 20)]
+            part[:] = np.maximum(1, random.lognormal(6, 0.9, len(part)))
+        out.flush()
+        self.sequence_lengths = np.load(file, mmap_mode="r")
+
+    def __len__(self) -> int:
+        return len(self.sequence_lengths)
+
+
+def _build_in_process(folder: Path, num_documents: int) -> tuple[int, int, float]:
+    """The peaks of resident memory before and after, in KiB, and the time in seconds."""
+    indexed = LengthsAlone(folder / "lengths.npy", num_documents)
+    before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.perf_counter()
+    GPTDataset(indexed, range(num_documents), None, SEQUENCE_LENGTH, 1, cache_path=folder)  # type: ignore[arg-type]
+    seconds = time.perf_counter() - start
+    return before, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, seconds
+
+
 def write(prefix: Path, num_documents: int, *, seed: int) -> IndexedDataset:
     random = np.random.default_rng(seed)
     with IndexedDatasetWriter(prefix, "uint16") as writer:
@@ -111,6 +153,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.data_indices", description=__doc__)
     parser.add_argument("--scale", type=float, default=1.0, help="of the number of documents and samples")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--documents", type=int, default=10_000_000, help="whose indices' memory is measured")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         rows = [
@@ -118,6 +161,7 @@ def main() -> None:
             *blend_rows(options.scale, options.rounds),
             *reading_rows(Path(folder), options.rounds),
             *start_rows(Path(folder), options.rounds),
+            *memory_rows(Path(folder), options.documents),
         ]
     head = ["| what | time or rate | beside it | ratio |", "|---|---|---|---|"]
     table = "\n".join([f"# Data indices and reading\n\n{hardware_name()}\n", *head, *rows, ""])

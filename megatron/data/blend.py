@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -19,9 +20,9 @@ import numpy as np
 from megatron.data import helpers
 from megatron.data.data_file import DataFile, require_files
 from megatron.data.fim import FillInMiddle
-from megatron.data.gpt import INDEX_CODE_VERSION, DocumentBounds, GPTSamples, count_tokens, gpt_indices
+from megatron.data.gpt import INDEX_CODE_VERSION, DocumentBounds, GPTSamples, IndexRequest, count_tokens
 from megatron.data.gpt_index import plan_epochs
-from megatron.data.index_cache import Arrays, cached_arrays
+from megatron.data.index_cache import Arrays, EntryWriter, cached_entry
 from megatron.data.index_file import HEADER, announced_sequences
 from megatron.data.indexed import IndexedDataset, name_of
 from megatron.data.object_store import ObjectStore
@@ -153,7 +154,7 @@ class BlendedDataset:
             "vocab_size": request.vocab_size,
             "max_epochs": None if request.max_epochs is None else repr(request.max_epochs),
         }
-        arrays = cached_arrays(cache_path, "blend", key, lambda: _build(members, request))
+        arrays = cached_entry(cache_path, "blend", key, lambda writer: _build(members, request, writer))
         self.dataset_index, self.position_index = arrays["dataset_index"], arrays["position_index"]
         self._tokens, self._shares = arrays["tokens"], arrays["shares"]
         self.datasets = tuple(
@@ -192,7 +193,7 @@ def _plan(num_samples: int, num_tokens: int, request: Request) -> object:
     return plan_epochs(num_tokens, request.sequence_length, num_samples) if num_samples else None
 
 
-def _build(members: Sequence[Member], request: Request) -> Arrays:
+def _build(members: Sequence[Member], request: Request, writer: EntryWriter) -> None:
     opened = [member.open() for member in members]
     for indexed in opened:
         check_vocabulary(indexed, request.vocab_size)
@@ -201,17 +202,15 @@ def _build(members: Sequence[Member], request: Request) -> Arrays:
     shares = tokens.astype(np.float64) if request.weights is None else np.array(request.weights)
     dataset_index, position_index = _serve(tokens, shares, request, request.num_samples)
     counts = np.bincount(dataset_index, minlength=len(members)).tolist()
-    built = [
-        gpt_indices(indexed, chosen, count, request.sequence_length, request.seed) if count else None
+    own = [
+        IndexRequest(indexed, chosen, count, request.sequence_length, request.seed) if count else None
         for indexed, chosen, count in zip(opened, documents, counts, strict=True)
     ]
-    return {
-        "dataset_index": dataset_index,
-        "position_index": position_index,
-        "tokens": tokens,
-        "shares": shares,
-        **_joined(built),
-    }
+    small = {"dataset_index": dataset_index, "position_index": position_index, "tokens": tokens, "shares": shares}
+    for name, array in small.items():
+        writer.save(name, array)
+    del small, dataset_index, position_index  # what follows is as large
+    _write_joined(own, writer)
 
 
 def _serve(tokens: np.ndarray, shares: np.ndarray, request: Request, num_samples: int) -> tuple[np.ndarray, np.ndarray]:
@@ -234,15 +233,22 @@ def _serve(tokens: np.ndarray, shares: np.ndarray, request: Request, num_samples
     return helpers.build_blend_index(shares.tolist(), limits.tolist(), num_samples)
 
 
-def _joined(datasets: Sequence[Arrays | None]) -> Arrays:
+def _write_joined(requests: Sequence[IndexRequest | None], writer: EntryWriter) -> None:
     """The indices of all datasets end to end, and where each one's part ends: "..._end", int64 [d]."""
-    joined: Arrays = {}
-    for name in _PARTS:
-        parts = [dataset[name] if dataset is not None else None for dataset in datasets]
-        present = [part for part in parts if part is not None]
-        joined[name] = np.concatenate(present)
-        joined[f"{name}_end"] = np.cumsum([0 if part is None else len(part) for part in parts])
-    return joined
+    forms = [None if request is None else request.sizes.arrays for request in requests]
+    with ExitStack() as files:
+        appends = {}
+        for name in _PARTS:
+            own = [None if form is None else form[name] for form in forms]
+            present = [form for form in own if form is not None]
+            ends = np.cumsum([0 if form is None else form[0][0] for form in own])
+            writer.save(f"{name}_end", ends)
+            shape = (int(ends[-1]), *present[0][0][1:])
+            dtype = np.result_type(*(dtype for _, dtype in present))
+            appends[name] = files.enter_context(writer.array(name, shape, dtype))
+        for request in requests:
+            if request is not None:
+                request.build(lambda name, array: appends[name](array))
 
 
 def _taken_apart(arrays: Arrays) -> Iterator[Arrays]:

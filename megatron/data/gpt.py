@@ -9,8 +9,8 @@ import numpy as np
 
 from megatron.data import helpers
 from megatron.data.fim import FillInMiddle
-from megatron.data.gpt_index import EpochPlan, build_indices, plan_epochs
-from megatron.data.index_cache import Arrays, cached_arrays
+from megatron.data.gpt_index import Emit, EpochPlan, IndexSizes, build_indices, index_sizes, plan_epochs
+from megatron.data.index_cache import Arrays, cached_entry
 from megatron.data.indexed import IndexedDataset, default_cache_path
 from megatron.data.pieces import Piece
 from megatron.data.sample import Sample
@@ -133,14 +133,9 @@ class GPTDataset(GPTSamples):
             "separate_final_epoch": self._plan.separate_final_epoch,
             "drop_last_partial": drop_last_partial,
         }
-        indices = cached_arrays(
-            cache_path if cache_path is not None else default_cache_path(indexed.prefix),
-            "gpt",
-            self._key,
-            lambda: gpt_indices(
-                indexed, document_range, num_samples, sequence_length, seed, drop_last_partial=drop_last_partial
-            ),
-        )
+        request = IndexRequest(indexed, document_range, num_samples, sequence_length, seed, drop_last_partial)
+        folder = cache_path if cache_path is not None else default_cache_path(indexed.prefix)
+        indices = cached_entry(folder, "gpt", self._key, lambda writer: request.build(writer.save))
         super().__init__(lambda: indexed, indices, sequence_length, bounds, fim)
 
     @property
@@ -153,26 +148,48 @@ class GPTDataset(GPTSamples):
         return plan_epochs(self.tokens_per_epoch, self.sequence_length, num_samples) == self._plan
 
 
-def gpt_indices(
-    indexed: IndexedDataset,
-    documents: range,
-    num_samples: int | None,
-    sequence_length: int,
-    seed: int,
-    *,
-    drop_last_partial: bool = True,
-) -> Arrays:
-    """What `GPTSamples` reads by; nothing is cached. Raises DataError where there is no sample to be had."""
-    tokens_per_epoch, plan = _checked_plan(indexed, documents, num_samples, sequence_length)
-    return build_indices(
-        indexed.sequence_lengths,
-        documents,
-        plan,
-        tokens_per_epoch=tokens_per_epoch,
-        sequence_length=sequence_length,
-        seed=seed,
-        drop_last_partial=drop_last_partial,
-    )
+@dataclass(frozen=True)
+class IndexRequest:
+    """The indices that `GPTSamples` reads by: how large they are, and what is in them; nothing is cached.
+
+    Raises DataError where there is no sample to be had.
+    """
+
+    indexed: IndexedDataset
+    documents: range
+    num_samples: int | None
+    sequence_length: int
+    seed: int
+    drop_last_partial: bool = True
+
+    @cached_property
+    def sizes(self) -> IndexSizes:
+        tokens_per_epoch, plan = self._checked
+        return index_sizes(
+            self.documents,
+            plan,
+            tokens_per_epoch=tokens_per_epoch,
+            sequence_length=self.sequence_length,
+            drop_last_partial=self.drop_last_partial,
+        )
+
+    def build(self, emit: Emit) -> None:
+        """Hands the arrays to `emit`, each of the form that `sizes` tells beforehand."""
+        tokens_per_epoch, plan = self._checked
+        build_indices(
+            emit,
+            self.indexed.sequence_lengths,
+            self.documents,
+            plan,
+            tokens_per_epoch=tokens_per_epoch,
+            sequence_length=self.sequence_length,
+            seed=self.seed,
+            drop_last_partial=self.drop_last_partial,
+        )
+
+    @cached_property
+    def _checked(self) -> tuple[int, EpochPlan]:
+        return _checked_plan(self.indexed, self.documents, self.num_samples, self.sequence_length)
 
 
 def _checked_plan(

@@ -11,14 +11,16 @@ import errno
 import hashlib
 import json
 import logging
+import math
 import os
 import shutil
 import uuid
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 
 from megatron.data.file_lock import exclusive
 from megatron.errors import DataError
@@ -27,9 +29,37 @@ logger = logging.getLogger(__name__)
 
 Key = Mapping[str, str | int | bool | None]
 Arrays = dict[str, np.ndarray]
+Append = Callable[[np.ndarray], object]
 
 _MANIFEST = "manifest.json"
 _CHECKSUM_CHUNK_BYTES = 1 << 22
+
+
+class EntryWriter:
+    """The files of one entry in the making; arrays are written as they come, so that they need not be kept."""
+
+    def __init__(self, folder: Path):
+        self.files: dict[str, dict[str, int]] = {}
+        self._folder = folder
+
+    @contextlib.contextmanager
+    def array(self, name: str, shape: tuple[int, ...], dtype: npt.DTypeLike) -> Iterator[Append]:
+        """An array that is appended to, front to back, until it is whole."""
+        form = np.empty(0, dtype).dtype
+        path = self._folder / f"{name}.npy"
+        with open(path, "wb") as file:
+            header = {"descr": np.lib.format.dtype_to_descr(form), "fortran_order": False, "shape": shape}
+            np.lib.format.write_array_header_1_0(file, header)
+            start = file.tell()
+            yield lambda values: file.write(np.ascontiguousarray(values, dtype=form).data)
+            file.flush()
+            assert file.tell() - start == math.prod(shape) * form.itemsize, f"{name} is not whole"
+            os.fsync(file.fileno())
+        self.files[name] = {"bytes": path.stat().st_size, "crc32": _checksum(path)}
+
+    def save(self, name: str, array: np.ndarray) -> None:
+        with self.array(name, array.shape, array.dtype) as append:
+            append(array)
 
 
 def cached_arrays(folder: Path, name: str, key: Key, build: Callable[[], Arrays]) -> Arrays:
@@ -37,6 +67,16 @@ def cached_arrays(folder: Path, name: str, key: Key, build: Callable[[], Arrays]
 
     The arrays are mapped read-only. Raises `DataError` when nothing is cached and `folder` cannot be written.
     """
+
+    def write(writer: EntryWriter) -> None:
+        for array_name, array in build().items():
+            writer.save(array_name, array)
+
+    return cached_entry(folder, name, key, write)
+
+
+def cached_entry(folder: Path, name: str, key: Key, write: Callable[[EntryWriter], None]) -> Arrays:
+    """As `cached_arrays`, for arrays too large to be in memory together: `write` hands over each when it is ready."""
     entry = folder / f"{name}-{_hash(key)}"
     arrays = _load(entry, key)
     if arrays is not None:  # also serves a read-only folder that somebody else has filled
@@ -49,7 +89,7 @@ def cached_arrays(folder: Path, name: str, key: Key, build: Callable[[], Arrays]
                 logger.info("building %s", entry)
                 if is_alone:
                     _remove_leftovers(entry)
-                _store(entry, key, build())
+                _store(entry, key, write)
                 arrays = _load(entry, key)
     except OSError as error:
         raise DataError(
@@ -74,23 +114,16 @@ def _remove_leftovers(entry: Path) -> None:
         shutil.rmtree(leftover, ignore_errors=True)
 
 
-def _store(entry: Path, key: Key, arrays: Arrays) -> None:
+def _store(entry: Path, key: Key, write: Callable[[EntryWriter], None]) -> None:
     temporary = entry.with_name(f"{entry.name}.{uuid.uuid4().hex}.tmp")
     temporary.mkdir()
+    writer = EntryWriter(temporary)
     try:
-        files = {name: _write_array(temporary / f"{name}.npy", array) for name, array in arrays.items()}
-        _write_bytes(temporary / _MANIFEST, json.dumps({"key": dict(key), "files": files}, indent=1).encode())
+        write(writer)
+        _write_bytes(temporary / _MANIFEST, json.dumps({"key": dict(key), "files": writer.files}, indent=1).encode())
         _move_into_place(temporary, entry, key)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-
-
-def _write_array(path: Path, array: np.ndarray) -> dict[str, int]:
-    with open(path, "wb") as file:
-        np.save(file, array, allow_pickle=False)
-        file.flush()
-        os.fsync(file.fileno())
-    return {"bytes": path.stat().st_size, "crc32": _checksum(path)}
 
 
 def _write_bytes(path: Path, content: bytes) -> None:

@@ -2,12 +2,13 @@
 
 import json
 import shutil
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from megatron.data.gpt import GPTDataset
+from megatron.data.gpt import GPTDataset, IndexRequest
 from megatron.data.gpt_index import EpochPlan, plan_epochs
 from megatron.data.indexed import IndexedDataset, IndexedDatasetWriter
 from megatron.errors import DataError
@@ -216,3 +217,28 @@ def test_planning_epochs_of_no_tokens_is_an_error_and_not_an_endless_loop():
 def test_fewer_tokens_than_a_sample_are_repeated_until_it_is_full(tmp_path: Path):
     dataset = GPTDataset(write(tmp_path / "data", [[7, 8]]), range(1), 1, 4, 1)
     assert dataset[0].tokens.tolist() == [7, 8, 7, 8, 7]
+
+
+class ManyDocuments:
+    """Documents of one token each, without the tokens."""
+
+    prefix, dtype = "many", np.dtype(np.uint16)
+
+    def __init__(self, num_documents: int):
+        self.sequence_lengths = np.ones(num_documents, dtype=np.int32)
+
+    def __len__(self) -> int:
+        return len(self.sequence_lengths)
+
+
+def test_building_holds_no_more_than_two_indices_at_once(monkeypatch: pytest.MonkeyPatch):
+    """4 bytes a document that is read and 8 a sample, in whichever order; then the order of the samples."""
+    monkeypatch.setattr("megatron.data.gpt_index._COUNTED_AT_ONCE", 1 << 10)
+    request = IndexRequest(ManyDocuments(100_000), range(100_000), None, 3, 5)  # type: ignore[arg-type]
+    forms: dict[str, object] = {}
+    tracemalloc.start()
+    request.build(lambda name, array: forms.update({name: (array.shape, array.dtype)}))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert forms == request.sizes.arrays
+    assert peak < 4 * 100_000 + 8 * 33_333 + 40_000

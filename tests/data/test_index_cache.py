@@ -5,6 +5,7 @@ import fcntl
 import json
 import multiprocessing
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -13,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megatron.data.index_cache import Arrays, cached_arrays
+from megatron.data.index_cache import Arrays, EntryWriter, cached_arrays, cached_entry
 from megatron.errors import DataError
 
 KEY = {"seed": 1, "data": "abc"}
@@ -212,3 +213,43 @@ def test_a_finished_entry_is_read_where_nothing_can_be_written(tmp_path: Path, m
     assert_built(cached_arrays(tmp_path, "gpt", KEY, must_not_build))
     with pytest.raises(DataError, match=r"cannot be written \(Read-only file system\)"):
         cached_arrays(tmp_path, "gpt", {**KEY, "seed": 2}, build)
+
+
+def test_arrays_may_come_in_parts_and_in_any_order(tmp_path: Path):
+    def write(writer: EntryWriter) -> None:
+        with writer.array("joined", (1000, 2), np.int32) as append:
+            for start in range(0, 1000, 300):
+                append(np.arange(2 * start, min(2000, 2 * start + 600), dtype=np.uint16).reshape(-1, 2))
+        writer.save("other", np.ones(3))
+
+    for _ in range(2):
+        arrays = cached_entry(tmp_path, "gpt", KEY, write)
+        assert arrays["joined"].dtype == np.int32
+        assert np.array_equal(arrays["joined"], np.arange(2000).reshape(1000, 2))
+        assert arrays["other"].tolist() == [1.0, 1.0, 1.0]
+
+
+def test_an_array_that_is_not_whole_is_not_kept(tmp_path: Path):
+    def write(writer: EntryWriter) -> None:
+        with writer.array("joined", (10,), np.int32) as append:
+            append(np.arange(9))
+
+    with pytest.raises(AssertionError, match="joined is not whole"):
+        cached_entry(tmp_path, "gpt", KEY, write)
+    assert [path.suffix for path in tmp_path.iterdir()] == [".lock"]
+
+
+def test_a_full_disk_is_an_error_and_leaves_nothing(tmp_path: Path):
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def large() -> Arrays:
+        return {"small": np.zeros(10), "large": np.zeros(1 << 20)}
+
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, limits[1]))
+    try:
+        with pytest.raises(DataError, match=r"the index cache cannot be written \(File too large\); give a writable"):
+            cached_arrays(tmp_path, "gpt", KEY, large)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert [path.suffix for path in tmp_path.iterdir()] == [".lock"]
+    assert_built(cached_arrays(tmp_path, "gpt", KEY, build))
