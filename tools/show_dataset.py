@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Final
 
@@ -20,8 +21,10 @@ from megatron.checkpoint.opening import open_source
 from megatron.cli import ArgumentParser, run_main
 from megatron.config import RunConfig, TypedFlags, checkpoint_arguments, parse_run, resolve, resolve_tokenizer
 from megatron.data.blend import parse_blend, parse_named_blends
+from megatron.data.epoch_blend import EpochBlend
+from megatron.data.instruct import InstructionDataset
 from megatron.data.pieces import Piece, TraceableSamples
-from megatron.data.sample import Sample
+from megatron.data.sample import Sample, SampleSource, TrainingData
 from megatron.data.show import SampleText
 from megatron.errors import ConfigError
 from megatron.tokenizer import Tokenizer, build_tokenizer, fit_to_vocabulary
@@ -63,9 +66,9 @@ def main(argv: list[str]) -> None:
     console = Console(no_color=options.no_color, highlight=False, soft_wrap=True, emoji=False)
     text = SampleText(tokenizer, marks=options.no_color or not console.is_terminal)
     for index in range(options.start, min(options.start + options.num_samples, len(dataset))):
-        sample, pieces = dataset[index], dataset.pieces(index)
+        sample, pieces, roles = _read(dataset, index)
         console.print(_header(index, sample, pieces, names), style="bold", markup=False)
-        console.print(text.render(sample, pieces), markup=False)
+        console.print(text.render(sample, pieces, roles), markup=False)
 
 
 def _resolve(typed: TypedFlags, num_samples: int) -> tuple[RunConfig, Tokenizer]:
@@ -93,14 +96,12 @@ def _resolve(typed: TypedFlags, num_samples: int) -> tuple[RunConfig, Tokenizer]
     return run, tokenizer
 
 
-def _choose(datasets: RunDatasets, part: str, run: RunConfig) -> tuple[TraceableSamples, tuple[str, ...]]:
+def _choose(datasets: RunDatasets, part: str, run: RunConfig) -> tuple[TrainingData, tuple[str, ...]]:
     """The samples of one part, and the datasets they come from by number."""
     parts = {_TRAIN: datasets.train, **datasets.validation, **datasets.test}
     if part not in parts:
         raise ConfigError(f"--part {part} is not a part of this data; use {', '.join(parts)}.")
     dataset, data = parts[part], run.data
-    if not isinstance(dataset, TraceableSamples):
-        raise ConfigError(f"--part {part}: samples of this kind cannot be shown; choose text or conversations.")
     if data.data_path:
         return dataset, parse_blend("--data_path", data.data_path).paths
     if part == _TRAIN:
@@ -110,11 +111,25 @@ def _choose(datasets: RunDatasets, part: str, run: RunConfig) -> tuple[Traceable
     return dataset, parse_named_blends("--valid_data_path", paths, "")[own].paths
 
 
+def _read(dataset: SampleSource, index: int) -> tuple[Sample, Sequence[Piece], np.ndarray | None]:
+    """A sample, where it comes from, and in conversations the roles of its tokens."""
+    if isinstance(dataset, EpochBlend):
+        number, own = dataset.place(index)
+        sample_of_it, pieces, roles = _read(dataset.datasets[number], own)
+        return sample_of_it, [replace(piece, dataset=number) for piece in pieces], roles
+    sample = dataset[index]
+    if not isinstance(sample, Sample) or not isinstance(dataset, TraceableSamples):
+        raise ConfigError("pairs of texts for BERT cannot be shown; show text or conversations.")
+    roles = dataset.roles(index) if isinstance(dataset, InstructionDataset) else None
+    return sample, dataset.pieces(index), roles
+
+
 def _header(index: int, sample: Sample, pieces: Sequence[Piece], names: Sequence[str]) -> str:
     documents = list(dict.fromkeys(piece.document for piece in pieces))
     numbers = f"document{'s' if len(documents) > 1 else ''} {', '.join(map(str, documents))}"
     valid = int(np.count_nonzero(sample.loss_mask))
-    return f"sample {index} · {names[pieces[0].dataset]} · {numbers} · {len(sample.loss_mask)} inputs, {valid} count"
+    name = names[pieces[0].dataset] if pieces else "nothing"
+    return f"sample {index} · {name} · {numbers} · {len(sample.loss_mask)} inputs, {valid} count"
 
 
 def _parser() -> ArgumentParser:

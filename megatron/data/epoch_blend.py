@@ -52,7 +52,12 @@ class EpochBlend:
     def __getitem__(self, index: int) -> Sample | PairSample:
         if not 0 <= index < len(self):
             raise IndexError(f"sample {index} of a blend of {len(self)}")
-        return self.datasets[self.dataset_index[index]][int(self._positions[index])]
+        dataset, own = self.place(index)
+        return self.datasets[dataset][own]
+
+    def place(self, index: int) -> tuple[int, int]:
+        """Which dataset serves sample `index`, and which of its samples that is."""
+        return int(self.dataset_index[index]), int(self._positions[index])
 
     def has_same_order_for(self, num_samples: int | None) -> bool:
         """The blend of fewer samples is the beginning of that of more."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import accumulate
 from pathlib import Path
 from typing import Literal
 
@@ -19,6 +20,7 @@ from megatron.data.index_cache import cached_arrays
 from megatron.data.indexed import IndexedDataset, default_cache_path, name_of
 from megatron.data.object_store import ObjectStore
 from megatron.data.permutation import permuted
+from megatron.data.pieces import Piece
 from megatron.data.sample import Sample
 from megatron.errors import DataError
 
@@ -167,12 +169,30 @@ class InstructionDataset:
     def __getitem__(self, index: int) -> Sample:
         if not 0 <= index < len(self):
             raise IndexError(f"sample {index} of a dataset of {len(self)}")
+        numbers = self._numbers(index)
+        return self._alone(numbers[0]) if self.packs is None else self._packed(numbers)
+
+    def pieces(self, index: int) -> list[Piece]:
+        """Where the tokens of sample `index` come from, in their order."""
+        numbers = self._numbers(index)
+        lengths = [len(self.conversations.read(number, self._sequence_length + 1)[0]) for number in numbers]
+        starts = [0, *accumulate(lengths)][:-1]
+        placed = zip(starts, numbers, lengths, strict=True)
+        return [Piece(start, number, 0) for start, number, length in placed if length]
+
+    def roles(self, index: int) -> np.ndarray:
+        """[t], who says the tokens of sample `index`."""
+        parts = [self.conversations.read(number, self._sequence_length + 1)[1] for number in self._numbers(index)]
+        return np.concatenate(parts)
+
+    def _numbers(self, index: int) -> list[int]:
+        """The conversations of a sample."""
         epoch, place = divmod(index, self.samples_per_epoch)
         chosen = permuted(place, self.samples_per_epoch, self._seed, epoch)
         if self.packs is None:
-            return self._alone(self.documents.start + chosen)
+            return [self.documents.start + chosen]
         items = self.packs.items[self.packs.starts[chosen] : self.packs.starts[chosen + 1]]
-        return self._packed([self.documents.start + item for item in items.tolist()])
+        return [self.documents.start + item for item in items.tolist()]
 
     def has_same_order_for(self, num_samples: int | None) -> bool:
         """Every sample's place is a function of the seed alone."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +17,7 @@ from megatron.errors import ConfigError
 from megatron.tokenizer import Tokenizer, build_tokenizer
 from megatron.tokenizer.config import TokenizerConfig
 from tiny_tokenizers import TEXT, write_huggingface, write_sentencepiece
+from tools.preprocess_instruct_data import main as preprocess
 from tools.show_dataset import main
 
 
@@ -131,3 +134,44 @@ def test_the_flags_of_a_run_are_taken_as_they_are(
     argv += "--micro_batch_size 2 --global_batch_size 8 --train_iters 10 --lr 1e-3 --bf16 --eod_mask_loss".split()
     main([*argv, "--num_samples", "1"])
     assert "‹" in capsys.readouterr().out  # what follows the end of a document
+
+
+@pytest.mark.parametrize("more", [[], ["--packing"]])
+def test_conversations_show_whose_words_count(
+    more: list[str], folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines = [{"question": f"who is number {i}?", "answer": f"a single man {i}"} for i in range(6)]
+    (tmp_path / "chats.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    tokenizer = ["--tokenizer_model", str(folder / "hf"), "--vocab_extra_ids_list", "<|im_start|>,<|im_end|>"]
+    argv = [*tokenizer, "--input", str(tmp_path / "chats.jsonl"), "--output_prefix", str(tmp_path / "chats")]
+    preprocess([*argv, "--question_key", "question", "--answer_key", "answer"])
+    capsys.readouterr()
+    argv = [*tokenizer, "--data_type", "instruction", "--data_path", str(tmp_path / "chats"), *more]
+    main([*argv, *"--split 1,0,0 --eval_iters 0 --seq_length 256 --no_color --num_samples 1".split()])
+    shown = capsys.readouterr().out
+    documents = shown.split("── document ")[1:]
+    assert len(documents) > 1 if more else len(documents) == 1
+    for document in documents:
+        number, text = document.split("\n", 1)
+        counted = re.sub("‹.*?›", "", text, flags=re.DOTALL)
+        assert f"who is number {number}?" in text and "who is" not in counted
+        assert f"a single man {number}" in counted
+
+
+def test_roles_have_colours(tokenizer: Tokenizer) -> None:
+    ids, roles = tokenizer.encode("a man, a wife"), np.array([0, 1, 2])
+    sample = Sample(np.array(ids[:3]), np.ones(2, np.float32))
+    styles = [
+        str(span.style) for span in SampleText(tokenizer, marks=False).render(sample, [Piece(0, 0, 0)], roles).spans
+    ]
+    assert [style.split()[0] for style in styles[1:]] == ["magenta", "cyan", "green"]
+
+
+def test_pairs_for_bert_are_not_shown(folder: Path, tmp_path: Path) -> None:
+    with IndexedDatasetWriter(tmp_path / "pairs", "uint16") as writer:
+        for _ in range(8):
+            writer.add_document(np.arange(20, 50), lengths=[10, 10, 10])
+    argv = ["--model_name", "bert", "--tokenizer_model", str(folder / "tokenizer.model")]
+    argv += ["--data_path", str(tmp_path / "pairs"), *"--split 1,0,0 --eval_iters 0 --seq_length 40".split()]
+    with pytest.raises(ConfigError, match="pairs of texts for BERT cannot be shown; show text or conversations."):
+        main(argv)
