@@ -10,6 +10,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Final
 
 from tokenizers import Tokenizer as Model
@@ -26,10 +27,16 @@ from megatron.tokenizer.huggingface import HuggingFaceTokenizer
 from megatron.tokenizer.library import LibraryTokenizer
 from megatron.tokenizer.protocol import Tokenizer
 from megatron.tokenizer.sentencepiece import SentencePieceTokenizer
+from megatron.tokenizer.wordpiece import ROLES as WORDPIECE_ROLES
+from megatron.tokenizer.wordpiece import UNKNOWN, BertWordPieceCase
 
 _MAP_FILE: Final = "special_tokens_map.json"
 _ADDED_ROLES: Final = (("cls", "<CLS>"), ("sep", "<SEP>"), ("mask", "<MASK>"))
 _FLAGS: Final = ("content", "single_word", "lstrip", "rstrip", "normalized", "special")
+# What else transformers has to know where there is nothing but a vocab.txt.
+_BERT_SETTINGS: Final[Mapping[str, Any]] = MappingProxyType(
+    {"unk_token": UNKNOWN, "model_input_names": ["input_ids", "token_type_ids", "attention_mask"]}
+)
 # What a tokenizer_config.json beside a SentencePiece model says that added tokens do not change.
 _CARRIED: Final = (
     *("add_bos_token", "add_eos_token", "chat_template", "model_max_length", "padding_side", "truncation_side"),
@@ -92,6 +99,8 @@ def export_tokenizer(
         assert isinstance(tokenizer, LibraryTokenizer)
         model = Model.from_str(tokenizer.library.to_str())
         settings = _library_settings(tokenizer, files)
+        if isinstance(tokenizer, BertWordPieceCase):
+            model.post_processor = _pairs(tokenizer)
     files = {name: file for name, file in files.items() if name != "added_tokens.json"}
     model, settings, overridden = override_roles(model, settings, overrides or {})
     return ExportedTokenizer({**files, **_write(folder, model, settings)}, tokenizer, overridden, difference)
@@ -163,6 +172,7 @@ def _library_settings(tokenizer: LibraryTokenizer, files: Mapping[str, Path]) ->
         "tokenizer_class": "PreTrainedTokenizerFast",
         "clean_up_tokenization_spaces": False,
         **{key: model.id_to_token(token) for key, token in ids.items() if token is not None},
+        **(_BERT_SETTINGS if isinstance(tokenizer, BertWordPieceCase) else {}),
         **_published(files),
     }
     # Classes that rebuild the tokenizer learn of its tokens here.
@@ -191,6 +201,12 @@ def _template(settings: Mapping[str, Any], model: Model) -> processors.TemplateP
     return processors.TemplateProcessing(
         single=single.format(0), pair=f"{single.format(0)} {second.format(1)}", special_tokens=special
     )
+
+
+def _pairs(tokenizer: BertWordPieceCase) -> processors.BertProcessing:
+    """[CLS] first [SEP] second [SEP], as the model was trained, of types 0 and 1."""
+    assert tokenizer.cls is not None and tokenizer.sep is not None
+    return processors.BertProcessing((WORDPIECE_ROLES["sep"], tokenizer.sep), (WORDPIECE_ROLES["cls"], tokenizer.cls))
 
 
 def _write(folder: Path, model: Model, settings: Mapping[str, Any]) -> dict[str, Path]:

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from transformers import BertForPreTraining
+from transformers import AutoTokenizer, BertForPreTraining
 
 import verify_correctness
 from finetune_runs import Ending, command, finetune_runs, finetune_succeeds, script_main
@@ -134,6 +134,12 @@ def test_transformers_computes_the_same_with_what_is_exported(folder, serial, tm
     is_real = padding == 0
     assert (logits.tokens.transpose(0, 1)[is_real] - expected.prediction_logits[is_real]).abs().max() <= 1e-5
     assert (logits.next_sentence - expected.seq_relationship_logits).abs().max() <= 1e-5
+
+    texts = ["A single man.", "It is a truth."], ["He must be in want of a wife.", "So."]
+    own, encoded = BertWordPieceLowerCase(folder / "vocab.txt"), AutoTokenizer.from_pretrained(tmp_path / "hf")(*texts)
+    for first, second, ids, kinds in zip(*texts, encoded["input_ids"], encoded["token_type_ids"], strict=True):
+        parts = [own.cls, *own.encode(first), own.sep], [*own.encode(second), own.sep]
+        assert (ids, kinds) == ([*parts[0], *parts[1]], [0] * len(parts[0]) + [1] * len(parts[1]))
 
     verify_correctness.main(
         [f"--load={serial}", f"--huggingface_path={tmp_path / 'hf'}", "--train_iters=2", "--device=cpu"]

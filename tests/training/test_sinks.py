@@ -56,6 +56,23 @@ def test_the_console_line_of_the_cpu_has_speeds_of_the_whole_job(capsys):
     )
 
 
+def test_a_bert_has_a_second_loss_beside_the_first(capsys, tmp_path):
+    sink = console(is_gpu=True)
+    sink.step(replace(STEP, sentence_loss=0.6931))
+    sink.evaluation(replace(VALIDATION, sentence_loss=0.5))
+    step_line, evaluation_line = capsys.readouterr().out.splitlines()
+    assert "| lm loss  0.300000 | sentence loss  0.693100 | lr 3.000e-04 |" in step_line
+    assert "| lm loss  2.500000 | sentence loss  0.500000 | perplexity 12.1825 |" in evaluation_line
+    file = JsonLinesSink(tmp_path / "metrics.jsonl")
+    file.step(replace(STEP, sentence_loss=float("nan")))
+    file.evaluation(replace(VALIDATION, sentence_loss=0.5))
+    file.step(replace(STEP, iteration=21))
+    file.close()
+    first, second = read_metrics(tmp_path / "metrics.jsonl")
+    assert (first["sentence_loss"], first["validation_sentence_loss"]) == (None, 0.5)
+    assert "sentence_loss" not in second
+
+
 @pytest.mark.parametrize("is_gpu", [False, True])
 def test_columns_stay_where_they_are_from_tiny_to_huge_figures(capsys, is_gpu):
     tiny = replace(
