@@ -5,6 +5,7 @@ from __future__ import annotations
 from megatron.config.run import RunConfig
 from megatron.core.layout import place_layers
 from megatron.data.bert import MIN_PAIR_LENGTH
+from megatron.data.config import DataConfig
 from megatron.data.splits import parse_split
 from megatron.errors import ConfigError
 
@@ -80,6 +81,8 @@ def check_data(run: RunConfig) -> None:
     parse_split(data.split)
     if run.model.bert_head:
         check_pairs(run)
+    else:
+        check_no_pairs(run)
     if data.train_data_path and not data.valid_data_path and eval_iters:
         raise ConfigError(
             f"--eval_iters {eval_iters} has no validation data to read; give --valid_data_path, or --eval_iters 0."
@@ -103,3 +106,11 @@ def check_pairs(run: RunConfig) -> None:
             f"--seq_length {data.seq_length} has no room: {what}, at least one token of each beside [CLS] and two "
             f"[SEP]; use {MIN_PAIR_LENGTH} or more."
         )
+
+
+def check_no_pairs(run: RunConfig) -> None:
+    """Nobody asks for hidden tokens in vain."""
+    for name in ("mask_prob", "short_seq_prob"):
+        value = getattr(run.data, name)
+        if value != getattr(DataConfig, name):
+            raise ConfigError(f"--{name} {value:g} is about a BERT's samples; give --model_name bert, or drop it.")

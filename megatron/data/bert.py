@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 from bisect import bisect_right
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -55,8 +56,7 @@ class BertDataset:
     """Samples of two texts from documents of sentences: ``[CLS] first [SEP] second [SEP]`` and padding.
 
     The texts are neighbours in one document, or, of every second sample, the second is from another document of the
-    same range. Epochs differ by a few samples; `samples_per_epoch` is of the
-    first. Raises DataError where there are no two sentences, or no other document.
+    same range. Raises DataError where there are no two sentences, or no other document.
     """
 
     def __init__(
@@ -71,11 +71,21 @@ class BertDataset:
             "max_tokens": request.max_tokens,
             "short_seq_prob": repr(request.short_seq_prob),
             "seed": request.seed,
-            "num_samples": request.num_samples,
         }
         folder = cache_path if cache_path is not None else default_cache_path(indexed.prefix)
-        arrays = cached_arrays(folder, "bert", key, lambda: _build(indexed, request))
-        self.pair_index, self.samples_per_epoch = arrays["pair_index"], int(arrays["samples_per_epoch"])
+
+        def index(num_epochs: int) -> np.ndarray:
+            build = partial(_build, indexed, request, num_epochs)
+            return cached_arrays(folder, "bert", {**key, "num_epochs": num_epochs}, build)["pair_index"]
+
+        # Runs of other lengths find the same index again.
+        self.pair_index = index(1)
+        self.samples_per_epoch = len(self.pair_index)
+        """Of the first epoch; others have a few more or less."""
+        num_epochs = -(-request.num_samples // self.samples_per_epoch)
+        while len(self.pair_index) < request.num_samples:
+            self.pair_index = index(num_epochs)
+            num_epochs += 1
         self._samples_key = stream(request.seed, _SAMPLES)
 
     def __len__(self) -> int:
@@ -174,18 +184,16 @@ def _window(text: np.ndarray, size: int, draw: float) -> np.ndarray:
     return text[start : start + size]
 
 
-def _build(indexed: IndexedDataset, request: PairRequest) -> Arrays:
-    """Whole epochs until there are `num_samples` pairs: int32 [samples, 4], the rows of `build_pair_index`."""
+def _build(indexed: IndexedDataset, request: PairRequest, num_epochs: int) -> Arrays:
+    """Whole epochs: int32 [samples, 4], the rows of `build_pair_index`."""
     _check_documents(indexed, request.documents)
-    epochs = [_epoch(indexed, request, 0)]
+    epochs = [_epoch(indexed, request, epoch) for epoch in range(num_epochs)]
     if not len(epochs[0]):
         raise DataError(
             f"{indexed.prefix}: none of documents {request.documents.start} to {request.documents.stop} has two "
             "sentences, and BERT learns from pairs of them; preprocess the text with --split_sentences."
         )
-    while sum(map(len, epochs)) < request.num_samples:
-        epochs.append(_epoch(indexed, request, len(epochs)))
-    return {"pair_index": np.concatenate(epochs), "samples_per_epoch": np.array(len(epochs[0]))}
+    return {"pair_index": np.concatenate(epochs)}
 
 
 def _epoch(indexed: IndexedDataset, request: PairRequest, epoch: int) -> np.ndarray:

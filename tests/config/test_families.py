@@ -91,6 +91,13 @@ def test_a_bert_refuses_what_is_about_other_samples(flag: str, message: str) -> 
     resolved(*SIZES, "--model_name=bert", "--seq_length=5", "--mask_prob=0.2", "--short_seq_prob=0")
 
 
+@pytest.mark.parametrize("flag", ["mask_prob", "short_seq_prob"])
+def test_other_models_have_no_hidden_tokens(flag: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        resolved(*SIZES, f"--{flag}=0.2")
+    assert str(caught.value) == f"--{flag} 0.2 is about a BERT's samples; give --model_name bert, or drop it."
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [

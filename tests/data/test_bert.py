@@ -147,6 +147,15 @@ def test_every_epoch_has_other_pairs_and_other_masks(sentences: Path):
     assert len(first - second) > size / 2
 
 
+def test_runs_of_other_lengths_share_their_index(sentences: Path):
+    cache = sentences.parent / "cache"
+    one = dataset(sentences, seed=11, num_samples=1)
+    before = set(cache.iterdir())
+    assert len(dataset(sentences, seed=11, num_samples=len(one))) == len(one) == one.samples_per_epoch
+    assert set(cache.iterdir()) == before
+    assert len(dataset(sentences, seed=11, num_samples=5 * len(one))) >= 5 * len(one)
+
+
 def test_samples_stay_inside_their_range_of_documents(sentences: Path):
     opened = dataset(sentences, documents=range(10, 14), num_samples=300)
     for i in range(300):
@@ -228,7 +237,6 @@ def test_other_bounds_of_documents_or_flags_are_other_samples(tmp_path: Path):
     assert not np.array_equal(*[pairs[:4] for pairs in built])
     shorter = dataset(tmp_path / "one", documents=range(2), num_samples=9, sequence_length=20).pair_index
     assert shorter[:, 3].max() == 17
-    assert len(list((tmp_path / "cache").iterdir())) == 3 + 3  # each with its lock
 
 
 def test_data_that_has_no_pairs_is_refused(tmp_path: Path):
