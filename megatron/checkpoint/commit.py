@@ -167,9 +167,16 @@ def _check_visible(path: Path, num_bytes: int) -> None:
 
 def _write_tracker(root: Path, iteration: int) -> None:
     temporary = root / f"{STAGING_PREFIX}tracker-{uuid.uuid4().hex}"
-    with open(temporary, "w") as file:
-        file.write(str(iteration))
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(root / TRACKER_FILE)
-    sync_folder(root)
+    try:
+        with open(temporary, "w") as file:
+            file.write(str(iteration))
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(root / TRACKER_FILE)
+        sync_folder(root)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise CheckpointError(
+            f"iteration {iteration} is complete, but {root / TRACKER_FILE} cannot be written ({error.strerror}); free "
+            "some space, and write the number into it."
+        ) from error

@@ -158,8 +158,8 @@ def write_hf_folder(
         staging.rename(folder)
     except OSError as error:
         raise CheckpointError(
-            f"{folder} cannot be written ({error.strerror}); choose a folder on a disk with "
-            f"{export.num_bytes / 2**30:.2f} GiB of room."
+            f"{folder} cannot be written ({error.strerror}); choose a folder that is writable, on a disk with room "
+            f"for {export.num_bytes:,} bytes."
         ) from error
     finally:
         shutil.rmtree(staging, ignore_errors=True)

@@ -6,8 +6,9 @@ Rows are read and written a few at a time, so that memory depends neither on the
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -100,31 +101,54 @@ def reshard(
     check_room(root, plan.num_bytes)
     state = source.state() or RunState(iteration=0, config=carried_files(source))
     name = source.model_name() or model_name
-    info = CheckpointInfo(state, source.model_config(), name, _carry_tokenizer(source, root))
-    return commit(
-        root,
-        info,
-        lambda folder: write_files(source, folder, plan.files, num_workers=num_workers, on_bytes=on_bytes),
-        Axis("world"),
-        expected=source.names(),
-    )
+    with _tokenizer_carried(source, root) as tokenizer:
+        return commit(
+            root,
+            CheckpointInfo(state, source.model_config(), name, tokenizer),
+            lambda folder: write_files(source, folder, plan.files, num_workers=num_workers, on_bytes=on_bytes),
+            Axis("world"),
+            expected=source.names(),
+        )
 
 
-def _carry_tokenizer(source: Source, root: Path) -> TokenizerIdentity | None:
-    """Copies the source's own tokenizer, so that the new checkpoint does not depend on the old folder."""
-    identity, files, target = source.tokenizer(), files_beside(source), root / TOKENIZER_FOLDER
-    if not files:
-        return identity
-    target.mkdir(exist_ok=True)
-    for name, file in files.items():
-        if file.resolve() != (target / name).resolve():
-            shutil.copyfile(file, target / name)
+@contextmanager
+def _tokenizer_carried(source: Source, root: Path) -> Iterator[TokenizerIdentity | None]:
+    """Copies the source's own tokenizer, so that the new checkpoint does not depend on the old folder; a failure
+    inside takes the copy away again.
+    """
+    files, target = files_beside(source), root / TOKENIZER_FOLDER
+    is_new = not target.exists()
+    try:
+        _copy(files, target)
+        yield _identity_of_copy(source.tokenizer(), target) if files else source.tokenizer()
+    except BaseException:
+        if is_new:
+            shutil.rmtree(target, ignore_errors=True)
+        raise
+
+
+def _copy(files: Mapping[str, Path], target: Path) -> None:
+    try:
+        for name, file in files.items():
+            target.mkdir(exist_ok=True)
+            if file.resolve() != (target / name).resolve():
+                shutil.copyfile(file, target / name)
+    except OSError as error:
+        raise CheckpointError(
+            f"the tokenizer cannot be copied to {target} ({error.strerror}); choose another folder to save to."
+        ) from error
+
+
+def _identity_of_copy(recorded: TokenizerIdentity | None, target: Path) -> TokenizerIdentity | None:
+    """What was recorded, in its new place: another file in the place of the recorded one is still found."""
     held = identity_of(target)
-    if identity is None or (held is not None and held.tokenizer_type == identity.tokenizer_type):
+    if recorded is None:
         return held
+    if held is not None and held.tokenizer_type == recorded.tokenizer_type:
+        return replace(held, sha256=recorded.sha256 or held.sha256)
     lone = target / SENTENCEPIECE_FILE
-    place = lone if identity.tokenizer_type == "SentencePieceTokenizer" and lone.is_file() else target
-    return TokenizerIdentity(identity.tokenizer_type, str(place.absolute()), identity.sha256)
+    place = lone if recorded.tokenizer_type == "SentencePieceTokenizer" and lone.is_file() else target
+    return replace(recorded, tokenizer_model=str(place.absolute()))
 
 
 def _kinds(source: Source, shapes: Mapping[str, tuple[int, ...]]) -> tuple[str, ...]:

@@ -146,7 +146,15 @@ def _load(path: Path, *, can_map: bool, device: str) -> Any:
     try:
         return torch.load(str(path), map_location=device, weights_only=True, mmap=can_map and device == "cpu")
     except Exception as error:  # What damaged bytes lead to inside torch.load has no common base.
-        raise _damaged(path, str(error).splitlines()[0] if str(error) else type(error).__name__) from error
+        raise _damaged(path, _reason(error)) from error
+
+
+def _reason(error: Exception) -> str:
+    """torch's own, without its advice to load the file in a way that executes it."""
+    text = str(error).split("WeightsUnpickler error:")[-1].strip()
+    if not text or text.startswith("Weights only load failed"):
+        return type(error).__name__
+    return text.splitlines()[0].rstrip(".")
 
 
 def _scan(path: Path) -> tuple[set[str], bool]:

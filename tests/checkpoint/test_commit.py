@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import os
 import resource
 import shutil
@@ -131,6 +132,22 @@ def test_a_checkpoint_that_does_not_fit_is_an_error_before_anything_is_written(
     assert names_in(tmp_path) == {TRACKER_FILE, "iter_0000010"}
     free.free = 128
     save(tmp_path, at(20), [tensor_of(slice(0, 8))], WORLD)
+
+
+def test_a_disk_that_fills_up_at_the_last_moment_leaves_a_complete_iteration_and_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save(tmp_path, at(10), [tensor_of(slice(0, 8))], WORLD)
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "replace", full)
+    with pytest.raises(
+        CheckpointError, match=r"iteration 20 is complete, but .*\(No space left on device\); free some"
+    ):
+        save(tmp_path, at(20), [tensor_of(slice(0, 8))], WORLD)
+    assert names_in(tmp_path) == {TRACKER_FILE, "iter_0000010", "iter_0000020"}
 
 
 def test_rows_that_nobody_hands_in_are_found(tmp_path: Path) -> None:

@@ -180,6 +180,14 @@ def test_a_file_cut_off_anywhere_is_named(tmp_path, zipped):
             read_torch_file(file)
 
 
+@pytest.mark.parametrize("content", [b'{"text": "It is a truth"}', b"\x80\x02garbage", b"It is a truth.\n" * 50])
+def test_a_message_never_advises_to_execute_a_file(tmp_path, content):
+    (tmp_path / "a.pt").write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"is damaged or no file of torch\.save \(.+\)\. Copy it again") as caught:
+        read_torch_file(tmp_path / "a.pt")
+    assert "weights_only" not in str(caught.value) and len(str(caught.value)) < 400
+
+
 def test_a_changed_byte_among_the_names_is_found_by_the_checksum(tmp_path):
     file = tmp_path / "a.pt"
     torch.save({"weight": torch.arange(4.0)}, file)

@@ -272,6 +272,29 @@ def test_its_own_tokenizer_travels_with_a_checkpoint(tmp_path: Path, rewrite: Re
     assert carried is not None and carried.tokenizer_model == str(copy / "tokenizer.model")
 
 
+def test_a_failure_takes_the_copy_of_the_tokenizer_away_again(tmp_path: Path, main: Main) -> None:
+    folder = save_meta(tmp_path / "meta", random_weights(), 2)
+    (folder / "tokenizer.model").write_bytes(b"pieces")
+    damaged = folder / "consolidated.01.pth"
+    content = bytearray(damaged.read_bytes())
+    content[len(content) // 2] ^= 1
+    damaged.write_bytes(content)
+    with pytest.raises(CheckpointError, match="does not have its checksum"):
+        main(["--load_dir", str(folder), "--save_dir", str(tmp_path / "out")])
+    assert {file.name for file in (tmp_path / "out").iterdir()} <= {".lock"}
+
+
+def test_another_file_in_the_place_of_the_tokenizer_is_found_in_the_copy_as_well(
+    tmp_path: Path, rewrite: Rewrite
+) -> None:
+    tokenizer = tmp_path / "in" / "tokenizer"
+    tokenizer.mkdir(parents=True)
+    (tokenizer / "tokenizer.model").write_bytes(b"another")
+    write_checkpoint(tmp_path / "in", tokenizer=TokenizerIdentity("SentencePieceTokenizer", str(tokenizer), "5a"))
+    rewrite(tmp_path / "in", tmp_path / "out")
+    assert open_source(tmp_path / "out").tokenizer().sha256 == "5a"
+
+
 def test_a_tokenizer_travels_wherever_the_folder_of_its_run_was_moved_to(tmp_path: Path, rewrite: Rewrite) -> None:
     tokenizer = tmp_path / "run" / "tokenizer"
     tokenizer.mkdir(parents=True)
