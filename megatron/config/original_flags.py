@@ -69,7 +69,10 @@ ACCEPTED: Final[Mapping[str, Accepted]] = MappingProxyType(
         "log_learning_rate_to_tensorboard": Accepted(_TENSORBOARD, takes_value=True),
         "log_loss_scale_to_tensorboard": Accepted(_TENSORBOARD, takes_value=True),
         "model_type": Accepted(
-            "every model is a decoder", True, ("encoder_or_decoder",), "there are no encoder-decoder models here"
+            "--model_name says what the model is",
+            True,
+            ("encoder_or_decoder",),
+            "there are no encoder-decoder models here",
         ),
         "data_impl": Accepted(
             "data is memory-mapped",
