@@ -13,7 +13,12 @@ _MASK: Final = (1 << 64) - 1
 
 def stream(key: int, number: int) -> int:
     """The key of stream `number` among those of `key`."""
-    return _mix((key ^ _mix((number + _STEP) & _MASK)) & _MASK)
+    return _finalised((key ^ mixed(number)) & _MASK)
+
+
+def mixed(value: int) -> int:
+    """The number that follows `value` in its stream: 64 bits that look unlike those of any neighbour."""
+    return _finalised((value + _STEP) & _MASK)
 
 
 def uniforms(key: int, count: int) -> np.ndarray:
@@ -25,7 +30,7 @@ def uniforms(key: int, count: int) -> np.ndarray:
     return (x >> np.uint64(11)) * 2.0**-53
 
 
-def _mix(x: int) -> int:
+def _finalised(x: int) -> int:
     for shift, factor in _FACTORS:
         x = ((x ^ (x >> shift)) * factor) & _MASK
     return x ^ (x >> 31)

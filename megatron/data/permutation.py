@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-_MASK = (1 << 64) - 1
+from megatron.data.draws import mixed
+
 _NUM_ROUNDS = 6
 
 
@@ -17,19 +18,11 @@ def permuted(index: int, size: int, *keys: int) -> int:
     half = max(1, ((size - 1).bit_length() + 1) // 2)
     low, seed = (1 << half) - 1, 0
     for key in keys:
-        seed = _mixed(seed ^ (key & _MASK))
+        seed = mixed(seed ^ key)
     while True:
         left, right = index >> half, index & low
         for turn in range(_NUM_ROUNDS):
-            left, right = right, left ^ (_mixed(seed ^ (turn << 56) ^ right) & low)
+            left, right = right, left ^ (mixed(seed ^ (turn << 56) ^ right) & low)
         index = left << half | right
         if index < size:
             return index
-
-
-def _mixed(value: int) -> int:
-    """The finaliser of SplitMix64 (Steele, Lea and Flood 2014)."""
-    value = (value + 0x9E3779B97F4A7C15) & _MASK
-    value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
-    value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & _MASK
-    return value ^ (value >> 31)
