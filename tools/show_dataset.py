@@ -56,7 +56,8 @@ def main(argv: list[str]) -> None:
             f"--start {options.start} --num_samples {options.num_samples}: nothing to show; count samples from 0, and "
             "show 1 or more."
         )
-    run, tokenizer = _resolve(parse_run(flags), options.start + options.num_samples)
+    typed = parse_run(flags)
+    run, tokenizer = _resolve(typed, options.start + options.num_samples, with_others=options.part != _TRAIN)
     dataset, names = _choose(build_datasets(run, tokenizer, Progress()), options.part, run)
     if options.start >= len(dataset):
         raise ConfigError(
@@ -71,8 +72,11 @@ def main(argv: list[str]) -> None:
         console.print(text.render(sample, pieces, roles), markup=False)
 
 
-def _resolve(typed: TypedFlags, num_samples: int) -> tuple[RunConfig, Tokenizer]:
-    """As finetune.py does; what is missing for a run, but does not matter here, is made up."""
+def _resolve(typed: TypedFlags, num_samples: int, *, with_others: bool) -> tuple[RunConfig, Tokenizer]:
+    """As finetune.py does; what is missing for a run, but does not matter here, is made up.
+
+    `with_others`: validation and test data as well.
+    """
     flags = typed.section("checkpoint")
     source = open_source(Path(str(flags["load"]))) if flags.get("use_checkpoint_args") and "load" in flags else None
     arguments = checkpoint_arguments(source) if source is not None else None
@@ -82,10 +86,12 @@ def _resolve(typed: TypedFlags, num_samples: int) -> tuple[RunConfig, Tokenizer]
         tokenizer = fit_to_vocabulary(config, source.model_config().vocab_size)
     model = {name: value for name, value in typed.section("model").items() if name in _OF_THE_MODEL}
     training = {name: value for name, value in typed.section("training").items() if name in _OF_TRAINING}
+    if not with_others:
+        training["eval_iters"] = 0
     if arguments is None and "size" not in training:
         model = {**_ANY_MODEL, **model}
     sections = {
-        "training": {"micro_batch_size": 1, "train_iters": num_samples, **training},
+        "training": {"micro_batch_size": 1, "train_iters": num_samples, "eval_iters": num_samples, **training},
         "model": model,
         "data": typed.section("data"),
         "tokenizer": typed.section("tokenizer"),

@@ -56,7 +56,7 @@ def find_fim_tokens(tokenizer: Tokenizer, names: Sequence[str] = ()) -> FimToken
 class FillInMiddle:
     """Rearranges a document with probability `rate`, as SPM with probability `spm_rate`; `key` and a number decide.
 
-    The token `eod` stays at the end of its document. What no longer fits is cut off at the end of the sample.
+    The token `eod` stays at the end of its document. The last documents make room for the tokens that are added.
     """
 
     tokenizer: Tokenizer
@@ -76,16 +76,26 @@ class FillInMiddle:
 
         `number` is the sample's.
         """
-        ends = [*starts[1:].tolist(), num_filled]
-        documents = [
-            self._document(stream(stream(self.key, number), i), tokens[start:end])
-            for i, (start, end) in enumerate(zip(starts.tolist(), ends, strict=True))
-        ]
-        changed = np.concatenate([tokens[:0], *documents])[: len(tokens)]
-        firsts = np.cumsum([0, *map(len, documents[:-1])], dtype=np.int32)[: len(documents)]
+        changed, firsts = tokens[:0], []
+        for i, (start, end) in enumerate(zip(starts.tolist(), [*starts[1:].tolist(), num_filled], strict=True)):
+            if len(changed) < len(tokens):
+                firsts.append(len(changed))
+                key, room = stream(stream(self.key, number), i), len(tokens) - len(changed)
+                changed = np.concatenate([changed, self._fitted(key, tokens[start:end], room)])
         padded = np.zeros_like(tokens)
         padded[: len(changed)] = changed
-        return padded, len(changed), firsts[firsts < len(changed)]
+        return padded, len(changed), np.array(firsts, dtype=np.int32)
+
+    def _fitted(self, key: int, tokens: np.ndarray, room: int) -> np.ndarray:
+        """A document whose end is cut off first where it would be too long: a middle that is learnt must be whole."""
+        while True:
+            document = self._document(key, tokens)
+            excess = len(document) - room
+            if excess <= 0:
+                return document
+            if excess >= len(tokens):
+                return tokens[:room]
+            tokens = tokens[:-excess]
 
     def _document(self, key: int, tokens: np.ndarray) -> np.ndarray:
         is_fim, is_spm, first, second = uniforms(key, 4).tolist()

@@ -111,13 +111,17 @@ def test_seed_number_and_dataset_decide(tokenizer: Tokenizer) -> None:
     assert not any(np.array_equal(other[0], first[0]) for other in others)
 
 
-def test_a_sample_keeps_its_length_and_loses_its_end(tokenizer: Tokenizer) -> None:
-    before = sample(tokenizer, TEXTS)
+def test_the_last_document_makes_room_and_keeps_its_middle_whole(tokenizer: Tokenizer) -> None:
+    """A sample without room for more: what follows is cut off the text, not off what has been rearranged."""
+    texts = [TEXT[:150], TEXT[200:330]]
+    before = sample(tokenizer, texts)
     full = before[0][: before[1]], before[1], before[2]
-    long, short = fim(tokenizer)(0, *before), fim(tokenizer)(0, *full)
-    assert len(short[0]) == short[1] == before[1]
-    assert np.array_equal(short[0], long[0][: before[1]])
-    assert short[2].tolist() == [start for start in long[2].tolist() if start < before[1]]
+    for number in range(40):
+        tokens, filled, starts = fim(tokenizer, spm_rate=0.0)(number, *full)
+        assert len(tokens) == before[1] >= filled > before[1] - 12  # one text less may be a few tokens less
+        assert len(starts) == 2 and "".join(split(tokenizer, tokens[: starts[1]])[:3]) == texts[0]
+        prefix, middle, suffix, _ = split(tokenizer, np.append(tokens[starts[1] : filled], tokenizer.eod))
+        assert texts[1].startswith(prefix + middle + suffix) and len(prefix + middle + suffix) > 90
 
 
 def test_half_a_character_is_not_lost(tokenizer: Tokenizer) -> None:

@@ -151,7 +151,8 @@ def test_the_middle_is_moved_in_as_many_documents_as_asked(parts: list[Path]):
         tokens, segments = moved[k].tokens, moved[k].segment_ids
         assert np.array_equal(tokens, again[k].tokens) and segments is not None
         firsts = np.flatnonzero(np.diff(segments, prepend=-1))
-        assert set(tokens[firsts].tolist()) == {EOD - 3}
+        # Only at the end there may be no room: six tokens for one, where a number is cut into three.
+        assert min((first for first in firsts.tolist() if tokens[first] != EOD - 3), default=17) > 17 - 6
     with pytest.raises(ConfigError, match="--fim_rate: there is none of the tokens of the NullTokenizer"):
         built(**flags, fim_rate=0.5)
 
