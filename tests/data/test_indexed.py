@@ -334,6 +334,15 @@ def test_a_truncated_bin_file_is_refused_when_opened(tmp_path: Path):
         IndexedDataset(prefix)
 
 
+def test_an_empty_bin_file_is_refused_when_opened(tmp_path: Path):
+    prefix = write_three(tmp_path)
+    os.truncate(f"{prefix}.bin", 0)
+    with pytest.raises(
+        DataError, match=r"three.bin: 0 bytes, but three.idx describes 12; the file is truncated at byte 0"
+    ):
+        IndexedDataset(prefix)
+
+
 def test_a_bin_file_of_another_run_is_refused_when_opened(tmp_path: Path):
     prefix = write_three(tmp_path)
     os.truncate(f"{prefix}.bin", 14)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import builtins
 import os
+import resource
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -248,6 +249,20 @@ def test_a_cache_folder_that_cannot_be_written_is_named(bucket: Bucket, tmp_path
     (tmp_path / "file").write_text("")
     with pytest.raises(DataError, match=r"file/cache: s3://bucket/data/corpus.idx cannot be kept here .*data_cache"):
         IndexedDataset(URL, ObjectStore(tmp_path / "file" / "cache"))
+
+
+def test_a_full_disk_leaves_no_copy_of_the_index(bucket: Bucket, store: ObjectStore) -> None:
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))
+    try:
+        with pytest.raises(
+            DataError, match=r"corpus.idx cannot be kept here \(File too large\); give a writable folder"
+        ):
+            IndexedDataset(URL, store)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert [path.suffix for path in store.cache_path.iterdir()] == [".lock"]
+    assert len(IndexedDataset(URL, store)) == NUM_DOCUMENTS
 
 
 def test_what_is_made_from_far_data_is_kept_at_home() -> None:
