@@ -23,7 +23,7 @@ from megatron.checkpoint.hf_rules import LLAMA
 from megatron.checkpoint.hf_tensors import StoredTensor, stored_tensors
 from megatron.checkpoint.placement import logical_shapes
 from megatron.checkpoint.source import MODEL, RunState, Source, TokenizerIdentity
-from megatron.checkpoint.tokenizer_files import identity_of
+from megatron.checkpoint.tokenizer_files import first_identity
 from megatron.errors import CheckpointError, listed
 from megatron.model.config import ModelConfig
 
@@ -91,7 +91,7 @@ class HuggingFaceSource:
         return None if model_type == LLAMA.model_type else model_type
 
     def tokenizer(self) -> TokenizerIdentity | None:
-        return identity_of(self.path)
+        return first_identity((self.path,))
 
     def state(self) -> RunState | None:
         return None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Final
 
@@ -67,8 +68,9 @@ def identity_of(folder: Path) -> TokenizerIdentity | None:
 
 
 def first_identity(folders: Iterable[Path]) -> TokenizerIdentity | None:
-    """The tokenizer in the first of `folders` that has one."""
-    return next((found for folder in folders if (found := identity_of(folder)) is not None), None)
+    """The tokenizer in the first of `folders` that has one: by its kind and place, as nobody recorded its hash."""
+    found = next((found for folder in folders if (found := identity_of(folder)) is not None), None)
+    return None if found is None else replace(found, sha256=None)
 
 
 def _known_files(folder: Path) -> dict[str, Path]:
