@@ -15,6 +15,7 @@ from pathlib import Path
 # A unit may import units of lower levels, and of its own level where SIDEWAYS says so.
 LEVELS: Mapping[str, int] = {
     "megatron": 0,  # the package's own __init__, and that of megatron.core
+    "megatron.durable": 0,
     "megatron.errors": 0,
     "megatron.core.layout": 0,
     "megatron.core.sharding": 0,

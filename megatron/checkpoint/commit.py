@@ -16,13 +16,13 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from megatron.checkpoint.agreement import gather_to_first, on_every_rank, on_first_rank
-from megatron.checkpoint.durable import STAGING_PREFIX, sync_folder
-from megatron.checkpoint.locate import TRACKER_FILE, iteration_folder, replaced_folder
+from megatron.checkpoint.locate import STAGING_PREFIX, TRACKER_FILE, iteration_folder, replaced_folder
 from megatron.checkpoint.manifest import Entry, Manifest, write_manifest
 from megatron.checkpoint.ownership import owned
 from megatron.checkpoint.source import CheckpointInfo
 from megatron.checkpoint.storage import WrittenFile
 from megatron.core.topology import Axis
+from megatron.durable import sync_folder
 from megatron.errors import CheckpointError
 
 _GIB = 2**30

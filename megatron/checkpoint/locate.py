@@ -9,6 +9,8 @@ from megatron.checkpoint.manifest import MANIFEST_FILE
 from megatron.errors import CheckpointError
 
 TRACKER_FILE = "latest_checkpointed_iteration.txt"
+# What a save or a removal leaves under such a name is swept by the next save.
+STAGING_PREFIX = ".tmp-"
 
 _ITERATION_NAME = re.compile(r"iter_(\d{7,})")
 _REPLACED = ".replaced"

@@ -8,9 +8,9 @@ import uuid
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron.checkpoint.durable import STAGING_PREFIX, sync_folder
-from megatron.checkpoint.locate import iteration_folder, list_iterations
+from megatron.checkpoint.locate import STAGING_PREFIX, iteration_folder, list_iterations
 from megatron.checkpoint.validity import open_checked
+from megatron.durable import sync_folder
 from megatron.errors import DamagedCheckpointError
 
 logger = logging.getLogger(__name__)

@@ -9,10 +9,11 @@ bytes; int64 document boundaries [d] in sequences, starting at 0. Multimodal fil
 import mmap
 import os
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
+from typing import IO
 
 import numpy as np
 
@@ -93,6 +94,27 @@ def announced_sequences(header: bytes) -> int | None:
 def file_name(path: str) -> str:
     """Of a path or an address."""
     return path.rsplit("/", 1)[-1]
+
+
+def write_index(
+    idx: IO[bytes],
+    dtype: np.dtype,
+    lengths: Callable[[], Iterator[np.ndarray]],
+    boundaries: Iterable[np.ndarray],
+    num_sequences: int,
+    num_boundaries: int,
+) -> None:
+    """Write an index from chunks of lengths, int32, which are gone through twice, and of boundaries, int64."""
+    idx.write(HEADER.pack(MAGIC, VERSION, DTYPE_CODES[dtype.name], num_sequences, num_boundaries))
+    for chunk in lengths():
+        idx.write(chunk.astype("<i4", copy=False).data)
+    position_bytes = 0
+    for chunk in lengths():
+        ends = position_bytes + np.cumsum(chunk.astype("<i8") * dtype.itemsize)
+        idx.write(np.concatenate(([position_bytes], ends[:-1])).astype("<i8", copy=False).data)
+        position_bytes = int(ends[-1])
+    for chunk in boundaries:
+        idx.write(chunk.astype("<i8", copy=False).data)
 
 
 def _read_current(idx_path: str, raw: np.ndarray, bin_path: str, bin_bytes: int) -> Index:

@@ -9,7 +9,7 @@ import errno
 import hashlib
 import os
 from array import array
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
@@ -23,12 +23,11 @@ from megatron.data.data_file import RemoteTokens, require_files
 from megatron.data.index_file import (
     CHUNK_SEQUENCES,
     DTYPE_CODES,
-    HEADER,
-    MAGIC,
-    VERSION,
     read_index,
+    write_index,
 )
 from megatron.data.object_store import ObjectStore, is_remote
+from megatron.durable import sync_folder
 from megatron.errors import ConfigError, DataError
 
 # Blocks of the .bin file that enter a fingerprint, evenly spaced, first and last included.
@@ -273,7 +272,7 @@ class IndexedDatasetWriter:
             Path(f"{self.prefix}.idx").unlink(missing_ok=True)
             os.replace(self._bin_tmp, f"{self.prefix}.bin")
             os.replace(self._idx_tmp, f"{self.prefix}.idx")
-            _sync_folder(self.prefix.parent)
+            sync_folder(self.prefix.parent)
         except OSError as error:
             self.abort()
             raise self._cannot_write(error) from error
@@ -342,16 +341,11 @@ class IndexedDatasetWriter:
     def _write_index(self, idx: IO[bytes]) -> None:
         lengths = np.frombuffer(self._lengths, dtype=np.int32)
         boundaries = np.frombuffer(self._boundaries, dtype=np.int64)
-        code = DTYPE_CODES[self.dtype.name]
-        idx.write(HEADER.pack(MAGIC, VERSION, code, len(lengths), len(boundaries)))
-        idx.write(lengths.astype("<i4", copy=False).data)
-        position_bytes = 0
-        for start in range(0, len(lengths), CHUNK_SEQUENCES):
-            chunk_bytes = lengths[start : start + CHUNK_SEQUENCES].astype("<i8") * self.dtype.itemsize
-            ends = position_bytes + np.cumsum(chunk_bytes)
-            idx.write((ends - chunk_bytes).data)
-            position_bytes = int(ends[-1])
-        idx.write(boundaries.astype("<i8", copy=False).data)
+
+        def chunks() -> Iterator[np.ndarray]:
+            return (lengths[start : start + CHUNK_SEQUENCES] for start in range(0, len(lengths), CHUNK_SEQUENCES))
+
+        write_index(idx, self.dtype, chunks, [boundaries], len(lengths), len(boundaries))
 
     def _cannot_write(self, error: OSError) -> DataError:
         return DataError(
@@ -378,12 +372,3 @@ def _sync_and_close(file: IO[bytes]) -> None:
     file.flush()
     os.fsync(file.fileno())
     file.close()
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make renames inside `folder` durable."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

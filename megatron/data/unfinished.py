@@ -15,9 +15,11 @@ import logging
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
+from itertools import chain
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
@@ -25,7 +27,8 @@ from typing import IO, Any
 import numpy as np
 
 from megatron.data.encoding import EncodedTexts
-from megatron.data.index_file import CHUNK_SEQUENCES, DTYPE_CODES, HEADER, MAGIC, VERSION
+from megatron.data.index_file import CHUNK_SEQUENCES, write_index
+from megatron.durable import sync_folder
 from megatron.errors import DataError
 
 JOURNAL_VERSION = 1
@@ -155,7 +158,7 @@ class UnfinishedDatasets:
                 Path(f"{prefix}.idx").unlink(missing_ok=True)
                 os.replace(self.folder_of(prefix) / TOKENS, f"{prefix}.bin")
                 os.replace(self.folder_of(prefix) / "idx", f"{prefix}.idx")
-                _sync_folder(prefix.parent)
+                sync_folder(prefix.parent)
         except OSError as error:
             raise self._cannot_write(error) from error
 
@@ -218,7 +221,7 @@ class UnfinishedDatasets:
             journal.write(content.encode())
             _flush_and_sync([journal])
         os.replace(temporary, self.folder / "journal.json")
-        _sync_folder(self.folder)
+        sync_folder(self.folder)
 
     def _wait(self) -> None:
         if self._syncing is not None:
@@ -249,22 +252,14 @@ def _write_index(idx: IO[bytes], folder: Path, dtype: np.dtype) -> None:
     """The index in its final form, with memory for some of its sequences at a time."""
     num_sequences = (folder / LENGTHS).stat().st_size // 4
     num_documents = (folder / BOUNDARIES).stat().st_size // 8
-    idx.write(HEADER.pack(MAGIC, VERSION, DTYPE_CODES[dtype.name], num_sequences, num_documents + 1))
-    _copy(folder / LENGTHS, idx)
-    position_bytes = 0
-    with open(folder / LENGTHS, "rb") as lengths:
-        while chunk := lengths.read(4 * CHUNK_SEQUENCES):
-            sizes = np.frombuffer(chunk, "<i4").astype("<i8") * dtype.itemsize
-            ends = position_bytes + np.cumsum(sizes)
-            idx.write((ends - sizes).data)
-            position_bytes = int(ends[-1])
-    idx.write(np.zeros(1, "<i8").data)
-    _copy(folder / BOUNDARIES, idx)
+    boundaries = chain([np.zeros(1, "<i8")], _chunks(folder / BOUNDARIES, "<i8"))
+    write_index(idx, dtype, partial(_chunks, folder / LENGTHS, "<i4"), boundaries, num_sequences, num_documents + 1)
 
 
-def _copy(path: Path, target: IO[bytes]) -> None:
-    with open(path, "rb") as source:
-        shutil.copyfileobj(source, target, 1 << 20)
+def _chunks(path: Path, dtype: str) -> Iterator[np.ndarray]:
+    with open(path, "rb") as file:
+        while chunk := file.read(np.dtype(dtype).itemsize * CHUNK_SEQUENCES):
+            yield np.frombuffer(chunk, dtype)
 
 
 def _flush_and_sync(files: Iterable[IO[bytes]]) -> None:
@@ -276,12 +271,3 @@ def _flush_and_sync(files: Iterable[IO[bytes]]) -> None:
 def _close_quietly(file: IO[bytes]) -> None:
     with contextlib.suppress(OSError):  # closing flushes, which fails again on a full disk
         file.close()
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make renames inside `folder` durable."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

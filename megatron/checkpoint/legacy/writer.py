@@ -14,16 +14,16 @@ import torch
 from torch import Tensor
 
 from megatron.checkpoint.commit import check_room, check_save_folder, sweep
-from megatron.checkpoint.durable import STAGING_PREFIX, sync_folder
 from megatron.checkpoint.legacy.keys import nested
 from megatron.checkpoint.legacy.recording import arguments_of, beyond_megatron_llm
 from megatron.checkpoint.legacy.target import LegacyTreePlan
 from megatron.checkpoint.legacy.tensors import Part, StoredTensor
 from megatron.checkpoint.legacy.tokenizers import sentencepiece_file
 from megatron.checkpoint.legacy.tree import MODEL_FILES, RELEASE, TOKENIZER_FILE, rank_name
-from megatron.checkpoint.locate import TRACKER_FILE, list_iterations
+from megatron.checkpoint.locate import STAGING_PREFIX, TRACKER_FILE, list_iterations
 from megatron.checkpoint.ownership import owned
 from megatron.checkpoint.source import MODEL, Source, row_chunks
+from megatron.durable import sync_folder
 from megatron.errors import CheckpointError
 
 logger = logging.getLogger(__name__)
