@@ -253,9 +253,7 @@ def test_a_missing_shard_is_named(checkpoint: Path) -> None:
 def test_a_folder_without_a_manifest_is_no_checkpoint(checkpoint: Path) -> None:
     (checkpoint / MANIFEST_FILE).unlink()
     expect_error(checkpoint.parent, "holds no checkpoint that can be loaded: iteration 10: ", "does not exist")
-    with pytest.raises(
-        CheckpointError, match=r"--load_iters asks for iteration 10, but .* does not exist.* none"
-    ):
+    with pytest.raises(CheckpointError, match=r"--load_iters asks for iteration 10, but .* does not exist.* none"):
         open_source(checkpoint.parent, 10)
     expect_error(checkpoint, "holds no checkpoint (found: rank_00000.safetensors")
     with pytest.raises(CheckpointError, match="is no complete checkpoint"):
