@@ -51,41 +51,17 @@ def test_indices_and_samples_are_megatron_lms(path: Path, tmp_path: Path):
         assert dataset[index].tokens.tolist() == [*sample["tokens"], sample["last_label"]]
 
 
-def of_inter_document_masking(bounds: DocumentBounds, tmp_path: Path) -> tuple[GPTDataset, list[dict[str, list[int]]]]:
-    facts = json.loads((SAMPLES / "gpt" / "megatron_lm" / "inter_document_masking_s64.json").read_text())
-    dataset = GPTDataset(base(), range(60), facts["num_samples"], 64, 1234, bounds=bounds, cache_path=tmp_path)
-    return dataset, facts["samples"]
-
-
 def test_positions_and_bounds_of_documents_are_megatron_lms(tmp_path: Path):
-    dataset, samples = of_inter_document_masking(DocumentBounds(reset_positions=True, reset_attention=True), tmp_path)
-    assert any(len(sample["cu_seqlens_unpadded"]) > 3 for sample in samples)
-    for index, expected in enumerate(samples):
+    facts = json.loads((SAMPLES / "gpt" / "megatron_lm" / "inter_document_masking_s64.json").read_text())
+    bounds = DocumentBounds(reset_positions=True, reset_attention=True)
+    dataset = GPTDataset(base(), range(60), facts["num_samples"], 64, 1234, bounds=bounds, cache_path=tmp_path)
+    for index, expected in enumerate(facts["samples"]):
         sample = dataset[index]
         assert sample.position_ids is not None and sample.segment_ids is not None
         assert sample.position_ids.tolist() == expected.get("position_ids", list(range(64)))
         cuts = np.flatnonzero(np.diff(sample.segment_ids)) + 1
         # An empty document has a bound of its own there, and no token here.
         assert [0, *cuts.tolist(), 64] == sorted(set(expected["cu_seqlens_unpadded"]))
-        assert sample.loss_mask.all()
-
-
-def test_each_reset_comes_alone(tmp_path: Path):
-    both, _ = of_inter_document_masking(DocumentBounds(reset_positions=True, reset_attention=True), tmp_path)
-    positions, _ = of_inter_document_masking(DocumentBounds(reset_positions=True), tmp_path)
-    attention, _ = of_inter_document_masking(DocumentBounds(reset_attention=True), tmp_path)
-    none, _ = of_inter_document_masking(DocumentBounds(), tmp_path)
-    assert positions[0].segment_ids is attention[0].position_ids is none[0].position_ids is none[0].segment_ids is None
-    assert np.array_equal(positions[0].position_ids, both[0].position_ids)
-    assert np.array_equal(attention[0].segment_ids, both[0].segment_ids)
-
-
-def test_the_label_after_the_end_of_a_document_does_not_count_where_that_is_asked(tmp_path: Path):
-    eod = 2
-    dataset, samples = of_inter_document_masking(DocumentBounds(eod=eod), tmp_path)
-    masks = [dataset[index].loss_mask.tolist() for index in range(len(samples))]
-    assert masks == [[float(token != eod) for token in sample["tokens"]] for sample in samples]
-    assert any(0.0 in mask for mask in masks)
 
 
 def epochs_one_by_one(tokens_per_epoch: int, sequence_length: int, num_samples: int) -> EpochPlan:
