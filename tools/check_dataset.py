@@ -7,7 +7,7 @@ import sys
 from megatron.cli import ArgumentParser, run_main
 from megatron.data.check import check_dataset
 from megatron.data.indexed import IndexedDataset, name_of
-from megatron.errors import ConfigError
+from megatron.errors import ConfigError, DataError
 
 
 def main(argv: list[str]) -> None:
@@ -21,7 +21,8 @@ def main(argv: list[str]) -> None:
             print(f"{'FAULT  ' if finding.is_fault else 'warning'} {finding.text}")
         num_own = sum(finding.is_fault for finding in findings)
         num_faults += num_own
-        print(f"{prefix}: {f'{num_own} faults' if num_own else _sound(prefix, options.vocab_size)}")
+        counted = f"{num_own} fault{'s' if num_own > 1 else ''}"
+        print(f"{prefix}: {counted if num_own else _sound(prefix, options.vocab_size)}")
     if num_faults:
         sys.exit(1)
 
@@ -29,7 +30,7 @@ def main(argv: list[str]) -> None:
 def _sound(prefix: str, vocab_size: int | None) -> str:
     try:
         indexed = IndexedDataset(prefix)
-    except Exception:
+    except DataError:
         indexed = IndexedDataset(f"{name_of(prefix)}-text")
     ids = "" if vocab_size is None else f", all ids below {vocab_size}"
     return f"sound: {indexed.num_documents:,} documents, {indexed.num_tokens:,} tokens ({indexed.dtype.name}){ids}"

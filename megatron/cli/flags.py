@@ -156,5 +156,6 @@ def _help(field: Field[Any]) -> str:
         and field.default != ()
         and field.default is not False
     ):
-        text = f"{text} (default: {field.default})"
+        default = " ".join(map(str, field.default)) if isinstance(field.default, tuple) else field.default
+        text = f"{text} (default: {default})"
     return text.replace("%", "%%")

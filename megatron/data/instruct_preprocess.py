@@ -59,8 +59,8 @@ class InstructConfig:
         default=("system", "question", "answer"),
         metadata={
             "metavar": "NAME",
-            "help": "names of system, user and assistant in chatml; most models say system user assistant; "
-            "default: system question answer, as Megatron-LLM does",
+            "help": "names of system, user and assistant in chatml; the default is Megatron-LLM's, most models say "
+            "system user assistant",
         },
     )
     workers: int | None = field(

@@ -119,12 +119,16 @@ def test_the_exit_status_tells(prefix: Path, capsys):
     with pytest.raises(SystemExit) as ending:
         main([str(prefix)])
     assert ending.value.code == 1
-    assert "FAULT   " in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "FAULT   " in out and f"{prefix}: 5 faults\n" in out
 
 
-def test_missing_halves_are_named(prefix: Path):
+def test_missing_halves_are_named(prefix: Path, capsys):
     Path(f"{prefix}.bin").unlink()
     assert faults(prefix) == [f"{prefix}.bin: is missing"]
+    with pytest.raises(SystemExit):
+        main([str(prefix)])
+    assert capsys.readouterr().out.endswith(f"{prefix}: 1 fault\n")
     assert len(faults(prefix.parent / "absent")) == 2
 
 

@@ -341,3 +341,10 @@ def test_other_mistakes_are_explained_too(tmp_path, preprocess):
     with pytest.raises(ConfigError, match="llama2 needs bos and eos, and the HuggingFaceTokenizer has not both"):
         preprocess(*usual, "--tokenizer_model", folder, "--chat_template", "llama2")
     assert not list(tmp_path.glob("out*"))
+
+
+def test_help_shows_defaults_as_they_are_typed(preprocess, capsys):
+    with pytest.raises(SystemExit):
+        preprocess("--help")
+    text = " ".join(capsys.readouterr().out.split())
+    assert "most models say system user assistant (default: system question answer)" in text
