@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import multiprocessing
-import resource
 import tempfile
 import time
 from collections.abc import Callable
@@ -22,6 +21,7 @@ from typing import Final
 
 import numpy as np
 
+from benchmarks.memory import peak_resident_kib
 from benchmarks.worker import hardware_name
 from megatron.data import helpers
 from megatron.data.blend import BlendedDataset, Member, Request
@@ -135,10 +135,10 @@ class LengthsAlone:
 def _build_in_process(folder: Path, num_documents: int) -> tuple[int, int, float]:
     """The peaks of resident memory before and after, in KiB, and the time in seconds."""
     indexed = LengthsAlone(folder / "lengths.npy", num_documents)
-    before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.perf_counter()
+    before, start = peak_resident_kib(), time.perf_counter()
     GPTDataset(indexed, range(num_documents), None, SEQUENCE_LENGTH, 1, cache_path=folder)  # type: ignore[arg-type]
     seconds = time.perf_counter() - start
-    return before, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, seconds
+    return before, peak_resident_kib(), seconds
 
 
 def write(prefix: Path, num_documents: int, *, seed: int) -> IndexedDataset:

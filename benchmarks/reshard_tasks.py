@@ -20,6 +20,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from benchmarks.memory import peak_resident_kib
 from megatron.checkpoint.conversion import Target, to_megatron
 from megatron.checkpoint.opening import open_source
 from megatron.checkpoint.placement import regions_of_rank
@@ -127,14 +128,15 @@ def main(side: str, case: str, folder: Path, result: Path) -> None:
     make_cold(folder / INPUTS[case])
     if (folder / f"{INPUTS[case]}.pt").exists():
         make_cold(folder / f"{INPUTS[case]}.pt")
-    before, start = resource.getrusage(resource.RUSAGE_SELF), time.perf_counter()
+    held, before = peak_resident_kib(), resource.getrusage(resource.RUSAGE_SELF)
+    start = time.perf_counter()
     TASKS[side](case, folder, output)
     seconds, after = time.perf_counter() - start, resource.getrusage(resource.RUSAGE_SELF)
     measured = {
         "seconds": seconds,
         "cpu_s": after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime,
         "user_s": after.ru_utime - before.ru_utime,
-        "extra_mib": (after.ru_maxrss - before.ru_maxrss) / 1024,
+        "extra_mib": (peak_resident_kib() - held) / 1024,
         "num_bytes": sum(file.stat().st_size for file in weight_files(folder / INPUTS[case])),
     }
     result.write_text(json.dumps(measured))
