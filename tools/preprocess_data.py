@@ -10,14 +10,12 @@ from megatron.cli.flags import Owner, add_flags, typed_fields
 from megatron.data.inputs import find_inputs
 from megatron.data.preprocess import Listeners, Progress, preprocess_files
 from megatron.data.preprocess_config import PreprocessConfig
-from megatron.data.progress_bar import ProgressBar
-from megatron.errors import ConfigError, DataError
+from megatron.data.progress_bar import BadLines, ProgressBar
+from megatron.errors import ConfigError
 from megatron.tokenizer import TokenizerConfig, build_tokenizer
 
 TOKENIZER = Owner("tokenizer", "tokenizer", TokenizerConfig)
 DOCUMENTS = Owner("preprocess", "documents", PreprocessConfig)
-# Of the lines that --on_error skip leaves out, so many are shown.
-MAX_SHOWN_ERRORS = 20
 # What a shell gives a command that ended by SIGINT.
 INTERRUPTED_STATUS = 130
 
@@ -39,7 +37,7 @@ def main(argv: list[str]) -> None:
 
     bar = ProgressBar(sys.stderr, log_interval=options.log_interval)
     backends: list[str] = []
-    tell = Listeners(progress=bar, bad=_BadLines(bar), backend=backends.append)
+    tell = Listeners(progress=bar, bad=BadLines(bar), backend=backends.append)
     try:
         result = preprocess_files(inputs, prefixes, tokenizer, config, tell=tell)
     except KeyboardInterrupt:  # what is kept, and how to go on, has been said
@@ -61,21 +59,6 @@ def _print_counts(result: Progress) -> None:
     if result.num_bad:
         print(f"bad lines: {result.num_bad:,} skipped")
     print(f"tokens:    {result.num_tokens:,}, at most {result.longest_tokens:,} in a document")
-
-
-class _BadLines:
-    """Shows the first of them."""
-
-    def __init__(self, bar: ProgressBar):
-        self._bar = bar
-        self._num_seen = 0
-
-    def __call__(self, error: DataError) -> None:
-        self._num_seen += 1
-        if self._num_seen <= MAX_SHOWN_ERRORS:
-            self._bar.interrupt(f"skipped: {error}")
-        if self._num_seen == MAX_SHOWN_ERRORS:
-            self._bar.interrupt("further bad lines are counted only")
 
 
 def _parser() -> ArgumentParser:

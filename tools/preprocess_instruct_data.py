@@ -9,14 +9,12 @@ from megatron.cli.flags import Owner, add_flags, typed_fields
 from megatron.data.inputs import find_inputs
 from megatron.data.instruct_preprocess import InstructConfig, preprocess_conversations
 from megatron.data.preprocess import Listeners
-from megatron.data.progress_bar import ProgressBar
-from megatron.errors import ConfigError, DataError
+from megatron.data.progress_bar import BadLines, ProgressBar
+from megatron.errors import ConfigError
 from megatron.tokenizer import TokenizerConfig
 
 TOKENIZER = Owner("tokenizer", "tokenizer", TokenizerConfig)
 CONVERSATIONS = Owner("instruct", "conversations", InstructConfig)
-# Of the lines that --on_error skip leaves out, so many are shown.
-MAX_SHOWN_ERRORS = 20
 
 
 def main(argv: list[str]) -> None:
@@ -30,20 +28,13 @@ def main(argv: list[str]) -> None:
     config = InstructConfig(**typed_fields(options, CONVERSATIONS))  # type: ignore[arg-type]
     tokenizer_config = TokenizerConfig(**typed_fields(options, TOKENIZER))  # type: ignore[arg-type]
     bar = ProgressBar(sys.stderr, log_interval=options.log_interval)
-    shown: list[DataError] = []
-
-    def show(error: DataError) -> None:
-        if len(shown) < MAX_SHOWN_ERRORS:
-            bar.interrupt(f"skipped: {error}")
-            shown.append(error)
-
     try:
         result = preprocess_conversations(
             find_inputs(options.input),
             options.output_prefix,
             tokenizer_config,
             config,
-            tell=Listeners(progress=bar, bad=show),
+            tell=Listeners(progress=bar, bad=BadLines(bar)),
         )
     finally:
         bar.close()

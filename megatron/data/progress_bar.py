@@ -7,9 +7,12 @@ from collections.abc import Callable
 from typing import TextIO
 
 from megatron.data.preprocess import Progress
+from megatron.errors import DataError
 
 BAR_WIDTH = 24
 REDRAW_INTERVAL_S = 0.1
+# Of the lines that are left out, so many are shown.
+MAX_SHOWN_ERRORS = 20
 
 
 class ProgressBar:
@@ -75,6 +78,21 @@ class ProgressBar:
         # The trailing code clears what a longer line left behind.
         self._stream.write(f"\r[{bar}] {self._describe()}\x1b[K")
         self._stream.flush()
+
+
+class BadLines:
+    """Shows the first of the lines that --on_error skip leaves out."""
+
+    def __init__(self, bar: ProgressBar):
+        self._bar = bar
+        self._num_seen = 0
+
+    def __call__(self, error: DataError) -> None:
+        self._num_seen += 1
+        if self._num_seen <= MAX_SHOWN_ERRORS:
+            self._bar.interrupt(f"skipped: {error}")
+        if self._num_seen == MAX_SHOWN_ERRORS:
+            self._bar.interrupt("further bad lines are counted only")
 
 
 def describe(progress: Progress, own: Progress, elapsed_s: float) -> str:
