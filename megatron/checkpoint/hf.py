@@ -131,7 +131,7 @@ class HuggingFaceSource:
             tensor, entry = self._files.tensors.get(copy), self._entries[f"{MODEL}.{part}"]
             if tensor is not None and not self._are_equal(tensor, self._files.tensors[entry.file_name]):
                 raise CheckpointError(
-                    f"{tensor.file} holds a {copy} that differs from {entry.file_name}, but "
+                    f"{tensor.file} holds {copy}, which differs from {entry.file_name}, but "
                     f"{self.path / CONFIG_FILE} says that they are tied; "
                     'set "tie_word_embeddings": false there, or remove the tensor.'
                 )

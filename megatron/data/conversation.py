@@ -11,6 +11,7 @@ from types import MappingProxyType
 from typing import Any, Final, NamedTuple
 
 from megatron.data.documents import JsonLines, OnBad
+from megatron.data.json_value import described
 from megatron.errors import DataError
 
 
@@ -102,7 +103,7 @@ def _parse_object(raw: bytes, is_first: bool) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise DataError(f"not JSON ({error}); every line must be one JSON object.") from error
     if not isinstance(value, dict):
-        raise DataError(f"a {type(value).__name__}, not a JSON object; every line must be one.")
+        raise DataError(f"{described(value)}, not a JSON object; every line must be one.")
     return value
 
 
@@ -139,7 +140,7 @@ def _message(message: object, what: str) -> Message:
 
 def _checked(value: object, what: str) -> str:
     if not isinstance(value, str):
-        raise DataError(f"{what} holds a {type(value).__name__}, not a string; only text is tokenized.")
+        raise DataError(f"{what} holds {described(value)}, not a string; only text is tokenized.")
     try:
         value.encode("utf-8")
     except UnicodeEncodeError as error:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from megatron.data.inputs import check_inputs
+from megatron.data.json_value import described
 from megatron.data.parquet import Rows, count_rows, read_rows
 from megatron.data.text_stream import TextStream, base_suffix
 from megatron.errors import DataError
@@ -246,9 +247,7 @@ def _parse_json_line(raw: bytes, path: Path, line: int, keys: Sequence[str]) -> 
             f"{path}:{line}: not readable as JSON (nested too deeply); every line must be one object."
         ) from error
     if not isinstance(value, dict):
-        raise DataError(
-            f"{path}:{line}: a {type(value).__name__}, not a JSON object; write it as {{{keys[0]!r}: ...}}."
-        )
+        raise DataError(f"{path}:{line}: {described(value)}, not a JSON object; write it as {{{keys[0]!r}: ...}}.")
     texts = tuple(_text_under(value, key, path, line) for key in keys)
     # Only an escape can make half a surrogate pair: the decoder refuses one that is spelled out.
     if not all(map(str.isascii, texts)) and b"\\u" in raw:
@@ -264,9 +263,7 @@ def _text_under(record: dict[str, object], key: str, path: Path, line: int) -> s
         )
     text = record[key]
     if not isinstance(text, str):
-        raise DataError(
-            f"{path}:{line}: {key!r} holds a {type(text).__name__}, not a string; --json_keys names text only."
-        )
+        raise DataError(f"{path}:{line}: {key!r} holds {described(text)}, not a string; --json_keys names text only.")
     return text
 
 

@@ -118,7 +118,7 @@ def test_a_tied_head_may_be_stored_twice_if_it_is_the_embedding(tmp_path):
     head[-1, -1] += 1
     save_file({**tensors, "lm_head.weight": head}, file, {"format": "pt"})
     assert message_of(folder) == (
-        f"{file} holds a lm_head.weight that differs from model.embed_tokens.weight, but {folder / 'config.json'} says "
+        f"{file} holds lm_head.weight, which differs from model.embed_tokens.weight, but {folder / 'config.json'} says "
         'that they are tied; set "tie_word_embeddings": false there, or remove the tensor.'
     )
 

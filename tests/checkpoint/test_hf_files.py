@@ -195,7 +195,7 @@ def test_berts_old_names_copies_and_buffers_are_read(tmp_path):
 
     copies["cls.predictions.decoder.bias"][3] += 1
     save_file({**tensors, **copies}, old / "model.safetensors", {"format": "pt"})
-    assert "holds a cls.predictions.decoder.bias that differs from cls.predictions.bias, but " in message_of(old)
+    assert "holds cls.predictions.decoder.bias, which differs from cls.predictions.bias, but " in message_of(old)
 
 
 def test_a_bert_without_one_of_its_heads_is_named(tmp_path):
@@ -215,7 +215,7 @@ def test_a_tied_head_that_is_stored_must_be_the_embedding(name, tmp_path):
     save_file({**tensors, "lm_head.weight": tensors[embedding].clone()}, file, {"format": "pt"})
     assert HuggingFaceSource(folder).names() == list(expected)
     save_file({**tensors, "lm_head.weight": -tensors[embedding]}, file, {"format": "pt"})
-    assert f"{file} holds a lm_head.weight that differs from {embedding}, but " in message_of(folder)
+    assert f"{file} holds lm_head.weight, which differs from {embedding}, but " in message_of(folder)
 
 
 def message_of(folder: Path) -> str:

@@ -261,7 +261,7 @@ def test_a_bad_line_ends_the_run_with_its_place_and_leaves_nothing(tmp_path, pre
             ("{", "not JSON"),
             ("[1]", "a list, not a JSON object"),
             ('{"input": "q"}', "no key 'output', the object has 'input'"),
-            ('{"input": "q", "output": 3}', "'output' holds a int, not a string"),
+            ('{"input": "q", "output": 3}', "'output' holds the number 3, not a string"),
             ('{"input": "q", "output": "\\ud800"}', "'output' holds half a surrogate pair"),
             ('{"messages": []}', "no list of messages under 'messages'"),
             (
