@@ -170,6 +170,8 @@ class _Builder:
         if self.pairs is not None:
             return self.pairs.build(blend, documents, num_samples, max_epochs)
         members = [self._member(path) for path in blend.paths]
+        # Of what the user gave: text is itself tokenized into the cache.
+        cache_path = self.cache_path or default_cache_path(blend.paths[0])
         if len(members) == 1 and max_epochs is None:
             indexed = members[0].open()
             check_vocabulary(indexed, self.run.model.vocab_size)
@@ -181,7 +183,7 @@ class _Builder:
                 seed,
                 bounds=self.bounds,
                 fim=self.fim,
-                cache_path=self.cache_path,
+                cache_path=cache_path,
             )
         request = Request(
             num_samples=num_samples,
@@ -193,7 +195,6 @@ class _Builder:
             weights=blend.weights,
             max_epochs=max_epochs,
         )
-        cache_path = self.cache_path or default_cache_path(blend.paths[0])
         return BlendedDataset(members, request, self.bounds, cache_path, self.fim)
 
     def _count(self, path: str) -> int:

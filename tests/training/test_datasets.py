@@ -127,6 +127,22 @@ def test_more_epochs_than_allowed_are_an_error_that_counts(parts: list[Path]):
         built(data_path=parts[0], train_iters=100, max_epochs_per_dataset=1)
 
 
+@pytest.mark.parametrize("chosen", [False, True])
+@pytest.mark.parametrize("names", [["a.txt"], ["a.txt", "b.txt"]])
+def test_tokens_and_indices_of_text_are_in_one_cache(names: list[str], chosen: bool, tmp_path: Path):
+    (tmp_path / "text").mkdir()
+    texts = [tmp_path / "text" / name for name in names]
+    for text in texts:
+        text.write_text(" ".join(map(str, range(100))))
+    cache = tmp_path / "chosen" if chosen else tmp_path / "text" / "cache"
+    file = config_file([tmp_path / "run"], train_data_path=[str(text) for text in texts])
+    built(config=file, eval_iters=0, **({"data_cache_path": cache} if chosen else {}))
+    assert {path.name[:2] for path in cache.glob("*.bin")} == {f"{name[0]}-" for name in names}
+    (entry,) = [path for path in cache.iterdir() if path.is_dir()]
+    assert entry.name.startswith("gpt-" if len(names) == 1 else "blend-")
+    assert sorted((tmp_path / "text").iterdir()) == sorted([*texts, *([] if chosen else [cache])])
+
+
 def config_file(parts: list[Path], **values: list[str]) -> Path:
     lines = [f"{name}: [{', '.join(repr(value) for value in listed)}]" for name, listed in values.items()]
     file = parts[0].parent / "run.yaml"
