@@ -12,6 +12,7 @@ from typing import Any, Final, NamedTuple
 
 from megatron.data.documents import JsonLines, OnBad
 from megatron.data.json_value import described
+from megatron.data.utf8 import decode_utf8, reason_and_remedy
 from megatron.errors import DataError
 
 
@@ -94,12 +95,9 @@ def parse_conversation(raw: bytes, keys: RecordKeys, *, is_first: bool = False) 
 
 def _parse_object(raw: bytes, is_first: bool) -> dict[str, Any]:
     try:
-        value = json.loads(raw.decode("utf-8-sig" if is_first else "utf-8"))
+        value = json.loads(decode_utf8(raw, is_first=is_first))
     except UnicodeDecodeError as error:
-        raise DataError(
-            f"byte 0x{raw[error.start]:02x} is not UTF-8; convert the file, for example with "
-            "`iconv -f latin1 -t utf-8`."
-        ) from error
+        raise DataError(reason_and_remedy(error, is_first=is_first)) from error
     except (ValueError, RecursionError) as error:
         raise DataError(f"not JSON ({error}); every line must be one JSON object.") from error
     if not isinstance(value, dict):

@@ -19,6 +19,7 @@ from megatron.data.inputs import check_inputs
 from megatron.data.json_value import described
 from megatron.data.parquet import Rows, count_rows, read_rows
 from megatron.data.text_stream import TextStream, base_suffix
+from megatron.data.utf8 import decode_utf8, reason_and_remedy
 from megatron.errors import DataError
 
 __all__ = ["Chunk", "Document", "Position", "check_inputs", "is_plain_text", "parse_chunk", "read_chunks", "read_texts"]
@@ -283,15 +284,12 @@ def _without_outer_blank_lines(text: str) -> str:
 
 
 def _decode(raw: bytes, path: Path, line: int) -> str:
+    is_first = line == 1
     try:
-        # A byte-order mark is no part of the text; only the first line can have one.
-        return raw.decode("utf-8-sig" if line == 1 else "utf-8")
+        return decode_utf8(raw, is_first=is_first)
     except UnicodeDecodeError as error:
-        line += raw[: error.start].count(b"\n")
-        raise DataError(
-            f"{path}:{line}: byte 0x{raw[error.start]:02x} is not UTF-8; convert the file, for example with "
-            f"`iconv -f latin1 -t utf-8`."
-        ) from error
+        line += error.object[: error.start].count(b"\n")
+        raise DataError(f"{path}:{line}: {reason_and_remedy(error, is_first=is_first)}") from error
 
 
 def _raise(error: DataError) -> None:

@@ -106,6 +106,41 @@ def test_a_bad_byte_of_plain_text_is_named_by_its_own_line(tmp_path):
         _texts(file)
 
 
+@pytest.mark.parametrize("mark", ["", "\ufeff"], ids=["no mark", "mark"])
+@pytest.mark.parametrize("encoding", ["UTF-16LE", "UTF-16BE"])
+@pytest.mark.parametrize("name", ["a.jsonl", "a.txt"])
+def test_utf_16_is_named_with_the_command_that_converts_it(tmp_path, name, encoding, mark):
+    text = '{"text": "One of them."}\n{"text": "\u4e00"}\n'
+    file = _write(tmp_path / name, (mark + text).encode(encoding))
+    wanted = "UTF-16" if mark else encoding
+    with pytest.raises(DataError, match=rf"{name}:1: looks like UTF-16, not UTF-8; .* `iconv -f {wanted} -t UTF-8`"):
+        _texts(file)
+    faults: list[DataError] = []
+    for chunk in read_chunks([file], max_documents=9, max_bytes=1 << 20):
+        assert parse_chunk(chunk, ("text",), faults.append) == []
+    assert len(faults) >= (2 if name == "a.jsonl" else 1)
+    assert all("looks like UTF-16" in str(fault) for fault in faults[:2])
+    _write(file, (mark + text).encode(encoding).decode(wanted).encode())  # as iconv does
+    assert "One of them." in _texts(file)[0]
+
+
+def test_utf_32_is_not_taken_for_utf_16(tmp_path):
+    file = _write(tmp_path / "a.txt", "\ufeffone".encode("UTF-32LE"))
+    with pytest.raises(DataError, match=r"a\.txt:1: looks like UTF-32, .* `iconv -f UTF-32 -t UTF-8`"):
+        _texts(file)
+
+
+def test_a_few_nuls_do_not_make_a_text_utf_16(tmp_path):
+    text = "a\0b, and then \0\0 more"
+    assert _texts(_write(tmp_path / "a.txt", text)) == [text]
+
+
+def test_a_bad_byte_behind_a_mark_is_the_one_that_is_named(tmp_path):
+    file = _write(tmp_path / "a.txt", b"\xef\xbb\xbfone\ntwo \xe9\n")
+    with pytest.raises(DataError, match=r"a\.txt:2: byte 0xe9 is not UTF-8; .* `iconv -f latin1 -t UTF-8`"):
+        _texts(file)
+
+
 def test_several_keys_are_read_in_the_order_asked_for(tmp_path):
     file = _write(tmp_path / "a.jsonl", '{"a": "1", "b": "2", "c": "3"}')
     (chunk,) = read_chunks([file], max_documents=9, max_bytes=99)

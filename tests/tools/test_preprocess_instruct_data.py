@@ -283,6 +283,9 @@ def test_a_bad_line_ends_the_run_with_its_place_and_leaves_nothing(tmp_path, pre
     lines.write_bytes(b'{"input": "\xff"}\n')
     with pytest.raises(DataError, match="jsonl:1: byte 0xff is not UTF-8"):
         preprocess(*usual, "--vocab_extra_ids_list", CONTROLS)
+    lines.write_text('{"input": "q", "output": "a"}\n', encoding="utf-16")
+    with pytest.raises(DataError, match="jsonl:1: looks like UTF-16, .* `iconv -f UTF-16 -t UTF-8`"):
+        preprocess(*usual, "--vocab_extra_ids_list", CONTROLS)
     lines.write_bytes(b"\n")
     with pytest.raises(DataError, match="no conversation to tokenize"):
         preprocess(*usual, "--vocab_extra_ids_list", CONTROLS)
