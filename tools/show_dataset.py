@@ -3,19 +3,20 @@
 Takes the flags of finetune.py, of which those that do not concern the data may be left out; the order of the samples
 depends on --train_iters and --global_batch_size as soon as data is read more than once, or blended.
 What does not count in the loss is dim, or in ‹ › where there are no colours; special tokens are reversed; roles of
-conversations have colours: system magenta, user cyan, assistant green.
+conversations have colours: system magenta, user cyan, assistant green. Of BERT's pairs of texts, each token to restore
+is {what the model sees→what it was}.
 """
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Final
 
 import numpy as np
 from rich.console import Console
+from rich.text import Text
 
 from megatron.checkpoint.opening import open_source
 from megatron.cli import ArgumentParser, run_main
@@ -24,7 +25,7 @@ from megatron.data.blend import parse_blend, parse_named_blends
 from megatron.data.epoch_blend import EpochBlend
 from megatron.data.instruct import InstructionDataset
 from megatron.data.pieces import Piece, TraceableSamples
-from megatron.data.sample import Sample, SampleSource, TrainingData
+from megatron.data.sample import PairSample, SampleSource, TrainingData
 from megatron.data.show import SampleText
 from megatron.errors import ConfigError
 from megatron.tokenizer import Tokenizer, build_tokenizer, fit_to_vocabulary
@@ -67,9 +68,9 @@ def main(argv: list[str]) -> None:
     console = Console(no_color=options.no_color, highlight=False, soft_wrap=True, emoji=False)
     text = SampleText(tokenizer, marks=options.no_color or not console.is_terminal)
     for index in range(options.start, min(options.start + options.num_samples, len(dataset))):
-        sample, pieces, roles = _read(dataset, index)
-        console.print(_header(index, sample, pieces, names), style="bold", markup=False)
-        console.print(text.render(sample, pieces, roles), markup=False)
+        headline, body = _shown(dataset, index, names, text)
+        console.print(headline, style="bold", markup=False)
+        console.print(body, markup=False)
 
 
 def _resolve(typed: TypedFlags, num_samples: int, *, with_others: bool) -> tuple[RunConfig, Tokenizer]:
@@ -117,25 +118,36 @@ def _choose(datasets: RunDatasets, part: str, run: RunConfig) -> tuple[TrainingD
     return dataset, parse_named_blends("--valid_data_path", paths, "")[own].paths
 
 
-def _read(dataset: SampleSource, index: int) -> tuple[Sample, Sequence[Piece], np.ndarray | None]:
-    """A sample, where it comes from, and in conversations the roles of its tokens."""
-    if isinstance(dataset, EpochBlend):
-        number, own = dataset.place(index)
-        sample_of_it, pieces, roles = _read(dataset.datasets[number], own)
-        return sample_of_it, [replace(piece, dataset=number) for piece in pieces], roles
-    sample = dataset[index]
-    if not isinstance(sample, Sample) or not isinstance(dataset, TraceableSamples):
-        raise ConfigError("pairs of texts for BERT cannot be shown; show text or conversations.")
-    roles = dataset.roles(index) if isinstance(dataset, InstructionDataset) else None
-    return sample, dataset.pieces(index), roles
+def _shown(dataset: SampleSource, index: int, names: Sequence[str], text: SampleText) -> tuple[str, Text]:
+    """A headline that tells where the sample comes from, and the sample."""
+    source, own, number = _source(dataset, index)
+    sample = source[own]
+    if isinstance(sample, PairSample):
+        origin = "the second text is from elsewhere" if sample.is_random else "the second text follows the first"
+        return _headline(index, names[number], origin, sample.loss_mask), text.render_pair(sample)
+    assert isinstance(source, TraceableSamples)
+    roles = source.roles(own) if isinstance(source, InstructionDataset) else None
+    pieces = source.pieces(own)
+    # The pieces of blended text tell their dataset themselves.
+    name = names[number or pieces[0].dataset] if pieces else "nothing"
+    return _headline(index, name, _documents(pieces), sample.loss_mask), text.render(sample, pieces, roles)
 
 
-def _header(index: int, sample: Sample, pieces: Sequence[Piece], names: Sequence[str]) -> str:
+def _source(dataset: SampleSource, index: int) -> tuple[SampleSource, int, int]:
+    """The dataset that serves a sample, which of its samples that is, and the number of the dataset in a blend."""
+    if not isinstance(dataset, EpochBlend):
+        return dataset, index, 0
+    number, own = dataset.place(index)
+    return dataset.datasets[number], own, number
+
+
+def _documents(pieces: Sequence[Piece]) -> str:
     documents = list(dict.fromkeys(piece.document for piece in pieces))
-    numbers = f"document{'s' if len(documents) > 1 else ''} {', '.join(map(str, documents))}"
-    valid = int(np.count_nonzero(sample.loss_mask))
-    name = names[pieces[0].dataset] if pieces else "nothing"
-    return f"sample {index} · {name} · {numbers} · {len(sample.loss_mask)} inputs, {valid} count"
+    return f"document{'s' if len(documents) > 1 else ''} {', '.join(map(str, documents))}"
+
+
+def _headline(index: int, name: str, origin: str, loss_mask: np.ndarray) -> str:
+    return f"sample {index} · {name} · {origin} · {len(loss_mask)} inputs, {np.count_nonzero(loss_mask)} count"
 
 
 def _parser() -> ArgumentParser:

@@ -1,4 +1,4 @@
-"""Samples as text: what the model sees, what of it counts in the loss, and where each document begins."""
+"""Samples as text: what the model sees, what of it counts in the loss, and where each document or text begins."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from rich.text import Text
 
 from megatron.data.conversation import Role
 from megatron.data.pieces import Piece
-from megatron.data.sample import Sample
+from megatron.data.sample import PairSample, Sample
 from megatron.tokenizer import Tokenizer
 
 _ROLE_STYLES: Final[Mapping[int, str]] = MappingProxyType(
@@ -22,7 +22,7 @@ _SPECIAL_ROLES: Final = ("bos", "eos", "pad", "eod", "cls", "sep", "mask")
 
 
 class SampleText:
-    """Renders samples with one tokenizer. With `marks`, ‹ and › stand around what does not count."""
+    """Renders samples with one tokenizer. With `marks`, ‹ and › stand around what does not count in running text."""
 
     def __init__(self, tokenizer: Tokenizer, *, marks: bool):
         self._tokenizer, self._marks = tokenizer, marks
@@ -46,13 +46,43 @@ class SampleText:
             text.append("\n")
         return text
 
+    def render_pair(self, sample: PairSample) -> Text:
+        """A token that counts is {what the model sees→what it was}, with its blank; the others are dim."""
+        length = int(np.count_nonzero(sample.segment_ids == 0))
+        middle = int(np.argmax(sample.token_types))
+        text = Text()
+        for name, start, stop in (("first text, type 0", 0, middle), ("second text, type 1", middle, length)):
+            text.append(f"── {name}\n", style="bold blue")
+            for counts, numbers in groupby(range(start, stop), lambda i: bool(sample.loss_mask[i])):
+                part = list(numbers)
+                if counts:
+                    self._append_to_restore(text, sample, part)
+                else:
+                    self._append_decoded(text, sample.labels, part[0], part[-1] + 1, "dim")
+            text.append("\n")
+        if length < len(sample.tokens):
+            text.append(f"── padding, {len(sample.tokens) - length} tokens\n", style="bold blue")
+        return text
+
     def _append(self, text: Text, tokens: np.ndarray, start: int, stop: int, weight: float, kind: int) -> None:
         style = " ".join(filter(None, [_ROLE_STYLES.get(kind, ""), "" if weight == 1 else "dim"]))
         marks = self._marks and weight != 1
         text.append(f"‹{'' if weight == 0 else f'{weight:g}: '}" if marks else "", style=style)
+        self._append_decoded(text, tokens, start, stop, style)
+        text.append("›" if marks else "")
+
+    def _append_to_restore(self, text: Text, sample: PairSample, numbers: Sequence[int]) -> None:
+        for i in numbers:
+            text.append("{")
+            # What stood before decides on a blank, not what is seen there.
+            self._append_decoded(text, np.append(sample.labels[:i], sample.tokens[i]), i, i + 1, "")
+            text.append("→")
+            self._append_decoded(text, sample.labels, i, i + 1, "green")
+            text.append("}")
+
+    def _append_decoded(self, text: Text, tokens: np.ndarray, start: int, stop: int, style: str) -> None:
         for part, is_special in self._decoded(tokens, start, stop):
             text.append(part, style=f"{style} reverse".strip() if is_special else style)
-        text.append("›" if marks else "")
 
     def _decoded(self, tokens: np.ndarray, start: int, stop: int) -> Iterator[tuple[str, bool]]:
         """Tokens start to before stop as texts, and whether each is a special token."""

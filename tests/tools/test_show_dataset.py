@@ -11,12 +11,12 @@ import pytest
 
 from megatron.data.indexed import IndexedDatasetWriter
 from megatron.data.pieces import Piece
-from megatron.data.sample import Sample
+from megatron.data.sample import PairSample, Sample
 from megatron.data.show import SampleText
 from megatron.errors import ConfigError
 from megatron.tokenizer import Tokenizer, build_tokenizer
 from megatron.tokenizer.config import TokenizerConfig
-from tiny_tokenizers import TEXT, write_huggingface, write_sentencepiece
+from tiny_tokenizers import TEXT, write_huggingface, write_sentencepiece, write_wordpiece
 from tools.preprocess_instruct_data import main as preprocess
 from tools.show_dataset import main
 
@@ -167,11 +167,70 @@ def test_roles_have_colours(tokenizer: Tokenizer) -> None:
     assert [style.split()[0] for style in styles[1:]] == ["magenta", "cyan", "green"]
 
 
-def test_pairs_for_bert_are_not_shown(folder: Path, tmp_path: Path) -> None:
+@pytest.fixture(params=["wordpiece", "sentencepiece"])
+def masked(folder: Path, request: pytest.FixtureRequest) -> list[str]:
+    """The flags of a tokenizer with the tokens that pairs of texts need."""
+    if request.param == "sentencepiece":
+        return ["--tokenizer_model", str(folder / "tokenizer.model")]
+    return ["--tokenizer_type", "BertWordPieceCase", "--vocab_file", str(write_wordpiece(folder, folder))]
+
+
+def tokenizer_of(flags: list[str]) -> Tokenizer:
+    names = [flag.removeprefix("--") for flag in flags[::2]]
+    return build_tokenizer(TokenizerConfig(**dict(zip(names, flags[1::2], strict=True))))
+
+
+def test_a_pair_shows_both_texts_and_what_each_hidden_token_was(masked: list[str]) -> None:
+    tokenizer = tokenizer_of(masked)
+    first, second = tokenizer.encode("It is a truth universally acknowledged,"), tokenizer.encode("that a single man")
+    labels = np.array([tokenizer.cls, *first, tokenizer.sep, *second, tokenizer.sep, *5 * [tokenizer.pad]])
+    begins_second, length = len(first) + 2, len(labels) - 5
+    hidden, replaced, kept = 1, 4, begins_second + 1
+    tokens, counts, position = labels.copy(), np.zeros(len(labels), np.float32), np.arange(len(labels))
+    tokens[[hidden, replaced]] = tokenizer.mask, second[0]
+    counts[[hidden, replaced, kept]] = 1
+    types = ((position >= begins_second) & (position < length)).astype(np.int64)
+    padding = (position >= length).astype(np.int32)
+    text = SampleText(tokenizer, marks=True).render_pair(PairSample(tokens, labels, counts, types, padding, False))
+    lines = text.plain.splitlines()
+    assert [lines[i] for i in (0, 2, 4)] == [
+        "── first text, type 0",
+        "── second text, type 1",
+        "── padding, 5 tokens",
+    ]
+    cls, sep, mask = (tokenizer.decode([token]) for token in (tokenizer.cls, tokenizer.sep, tokenizer.mask))
+    pairs = re.findall(r"{(.*?)→(.*?)}", text.plain)
+    assert pairs[0][0] == mask and pairs[0][1].strip() == tokenizer.decode(labels[[hidden]]).strip()
+    assert pairs[1][0].strip() == tokenizer.decode([second[0]]).strip() and pairs[1][0] != pairs[1][1]
+    assert pairs[2][0] == pairs[2][1] and len(pairs) == 3
+    as_it_was = [re.sub(r"{.*?→(.*?)}", r"\1", line) for line in lines]
+    assert as_it_was[1] == f"{cls}{tokenizer.decode(first)}{sep}" and as_it_was[3] == f"{tokenizer.decode(second)}{sep}"
+    special = {text.plain[span.start : span.end] for span in text.spans if "reverse" in str(span.style)}
+    assert special == {cls, sep, mask}
+
+
+def test_pairs_tell_whether_the_second_text_follows(
+    masked: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tokenizer = tokenizer_of(masked)
     with IndexedDatasetWriter(tmp_path / "pairs", "uint16") as writer:
-        for _ in range(8):
-            writer.add_document(np.arange(20, 50), lengths=[10, 10, 10])
-    argv = ["--model_name", "bert", "--tokenizer_model", str(folder / "tokenizer.model")]
-    argv += ["--data_path", str(tmp_path / "pairs"), *"--split 1,0,0 --eval_iters 0 --seq_length 40".split()]
-    with pytest.raises(ConfigError, match="pairs of texts for BERT cannot be shown; show text or conversations."):
-        main(argv)
+        for word in ("a man", "a wife", "a truth", "a fortune"):
+            sentences = [tokenizer.encode(word)] * 4
+            writer.add_document(np.concatenate(sentences), lengths=[len(sentence) for sentence in sentences])
+    argv = ["--model_name", "bert", *masked, *"--seq_length 40 --no_color --num_samples 8".split()]
+    argv += ["--train_data_path", "0.5", str(tmp_path / "pairs"), "0.5", str(tmp_path / "pairs")]
+    main(argv)
+    samples = capsys.readouterr().out.split("sample ")[1:]
+    assert len(samples) == 8
+    found = set()
+    for sample in samples:
+        headline, _, text = sample.partition("\n")
+        _, name, origin, counts = headline.split(" · ")
+        assert name == str(tmp_path / "pairs") and counts == f"40 inputs, {text.count('→')} count"
+        words = [
+            {word for word in ("man", "wife", "truth", "fortune") if word in re.sub(r"{.*?→(.*?)}", r"\1", part)}
+            for part in text.split("── ")[1:3]
+        ]
+        assert origin == f"the second text {'follows the first' if words[0] == words[1] else 'is from elsewhere'}"
+        found.add(origin)
+    assert len(found) == 2
