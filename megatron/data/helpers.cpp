@@ -191,15 +191,34 @@ class Turns {
 
   private:
     static constexpr std::size_t kLanes = 8;
+    static constexpr std::size_t kFew = 12;
 
     std::uint16_t front(std::size_t turn) const { return datasets_[turn][next_[turn]]; }
 
     std::size_t most_behind(double served) const {
+        if (datasets_.size() <= kFew) return most_behind_of_few(served);
         const auto [largest, count, sum] = largest_deficits(shares_.data(), rounds_.data(), shares_.size(), served);
-        if (count == 1.0) return static_cast<std::size_t>(sum);
+        return count == 1.0 ? static_cast<std::size_t>(sum) : first_of_equal(largest, served);
+    }
+
+    // A vector would have to wait for the number just written into it, longer than it takes to look at a few.
+    std::size_t most_behind_of_few(double served) const {
+        std::size_t chosen = 0;
+        double largest = shares_[0] * served - rounds_[0];
+        bool is_shared = false;
+        for (std::size_t turn = 1; turn < datasets_.size(); ++turn) {
+            const double deficit = shares_[turn] * served - rounds_[turn];
+            is_shared = deficit > largest ? false : is_shared | (deficit == largest);
+            chosen = deficit > largest ? turn : chosen;
+            largest = deficit > largest ? deficit : largest;
+        }
+        return is_shared ? first_of_equal(largest, served) : chosen;
+    }
+
+    std::size_t first_of_equal(double deficit, double served) const {
         std::size_t chosen = datasets_.size();
         for (std::size_t turn = 0; turn < datasets_.size(); ++turn) {
-            if (shares_[turn] * served - rounds_[turn] != largest) continue;
+            if (shares_[turn] * served - rounds_[turn] != deficit) continue;
             if (chosen == datasets_.size() || front(turn) < front(chosen)) chosen = turn;
         }
         return chosen;

@@ -31,9 +31,11 @@ def oracle(weights: list[float], limits: list[int], num_samples: int) -> tuple[l
 def test_the_index_equals_the_python_oracle_on_random_weights_and_limits():
     random = np.random.default_rng(3)
     for _ in range(200):
-        num_datasets = int(random.integers(1, 12))
-        # Few values, so that some weights are equal; some are zero, some limits bind.
-        weights = random.choice([0.0, 0.1, 0.1, 0.25, 1.0, 3.0, random.random()], num_datasets)
+        num_datasets = int(random.integers(1, 40))
+        # Some weights are equal and some are not, in any mixture, so that few or many differ; some are zero, some
+        # limits bind.
+        equal = random.choice([0.0, 0.1, 0.1, 0.25, 1.0, 3.0], num_datasets)
+        weights = np.where(random.random(num_datasets) < random.random(), random.random(num_datasets), equal)
         weights[random.integers(num_datasets)] = 0.5
         limits = random.choice([0, 1, 7, 40, NO_LIMIT], num_datasets)
         limits[np.flatnonzero(weights)[0]] = NO_LIMIT
