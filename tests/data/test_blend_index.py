@@ -45,6 +45,13 @@ def test_the_index_equals_the_python_oracle_on_random_weights_and_limits():
         assert (datasets.dtype, samples.dtype) == (np.uint16, np.int64)
 
 
+@pytest.mark.parametrize("weights", [[1, 3, 2, 1, 1], [*range(15, 0, -1), 8]], ids=["few", "many"])
+def test_of_equal_deficits_the_first_dataset_is_served(weights: list[float]):
+    """The weights add up to a power of two, so that deficits of unlike shares are exact, and often equal."""
+    limits = [NO_LIMIT] * len(weights)
+    assert tuple(index.tolist() for index in build_blend_index(weights, limits, 300)) == oracle(weights, limits, 300)
+
+
 @pytest.mark.parametrize("weights", [[1.0] * 7, [0.5, 0.3, 0.2], [0.9, *[0.001] * 100], [3, 1, 4, 1, 5, 9, 2, 6]])
 def test_every_prefix_holds_its_shares(weights: list[float]):
     """Nobody is ever one sample ahead of his share, nor much behind: the deficits sum to zero."""
