@@ -3,14 +3,15 @@
 python -m benchmarks.data_indices [--scale 1.0] [--rounds 5] [--documents 100000000]
 
 Every figure is the best of `rounds` in one process, measured in turns with its bound or peer: the document order's
-random gather for the sample index, Megatron-LM's loop over all datasets for the blend, `cp` for a merge. The memory is
-that of a process that builds the indices of so many documents, of which it sees the lengths alone.
+random gather for the sample index, `cp` of the same bytes for a merge. The memory is that of a process that builds the
+indices of so many documents, of which it sees the lengths alone.
 """
 
 from __future__ import annotations
 
 import argparse
 import multiprocessing
+import subprocess
 import tempfile
 import time
 from collections.abc import Callable
@@ -27,6 +28,7 @@ from megatron.data import helpers
 from megatron.data.blend import BlendedDataset, Member, Request
 from megatron.data.gpt import DocumentBounds, GPTDataset
 from megatron.data.indexed import IndexedDataset, IndexedDatasetWriter
+from megatron.data.merge import merge
 
 RESULT: Final = Path(__file__).parent / "results" / "data_indices.md"
 SEQUENCE_LENGTH: Final = 2048
@@ -103,6 +105,22 @@ def start_rows(folder: Path, rounds: int) -> list[str]:
     return [f"| start of a blend of 200 datasets, cached | {cached * 1e3:.1f} ms | first {first * 1e3:.0f} ms | |"]
 
 
+def merge_rows(folder: Path, scale: float, rounds: int) -> list[str]:
+    """Both sides have what they wrote on the disk before they are done."""
+    prefixes = [folder / f"part{i}" for i in range(3)]
+    parts = [write(prefix, int(200_000 * scale), seed=i) for i, prefix in enumerate(prefixes)]
+    files = [f"{prefix}{suffix}" for prefix in prefixes for suffix in (".bin", ".idx")]
+    copies = folder / "copies"
+    copies.mkdir()
+    ours, theirs = best_of(
+        rounds,
+        lambda: merge(parts, folder / "merged", on_bytes=lambda num_bytes: None),
+        lambda: _copy(files, copies),
+    )
+    size_mb = sum(Path(file).stat().st_size for file in files) / 1e6
+    return [f"| merge of 3 datasets, {size_mb:,.0f} MB | {ours:.2f} s | cp {theirs:.2f} s | {theirs / ours:.2f} |"]
+
+
 def memory_rows(folder: Path, num_documents: int) -> list[str]:
     """In a process of its own: the peak is a process's."""
     context = multiprocessing.get_context("spawn")
@@ -161,6 +179,7 @@ def main() -> None:
             *blend_rows(options.scale, options.rounds),
             *reading_rows(Path(folder), options.rounds),
             *start_rows(Path(folder), options.rounds),
+            *merge_rows(Path(folder), options.scale, options.rounds),
             *memory_rows(Path(folder), options.documents),
         ]
     head = ["| what | time or rate | beside it | ratio |", "|---|---|---|---|"]
@@ -168,6 +187,11 @@ def main() -> None:
     RESULT.parent.mkdir(exist_ok=True)
     RESULT.write_text(table)
     print(table)
+
+
+def _copy(files: list[str], folder: Path) -> None:
+    subprocess.run(["cp", *files, str(folder)], check=True)
+    subprocess.run(["sync", *(str(folder / Path(file).name) for file in files)], check=True)
 
 
 def _read(dataset: GPTDataset, chosen: np.ndarray) -> None:

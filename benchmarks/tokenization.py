@@ -88,7 +88,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)), help="threads of both sides")
     parser.add_argument("--pairs", type=int, default=10, help="runs of each side (default: %(default)s)")
     parser.add_argument(
-        "--reference_mb", type=float, default=4.0, help="text for the slow sides, in MB (default: %(default)s)"
+        "--reference_mb", type=float, default=10.0, help="text for the slow sides, in MB (default: %(default)s)"
     )
     return parser.parse_args(argv)
 
@@ -112,8 +112,8 @@ def _run_tool(options: argparse.Namespace, file: Path, folder: str, backend: str
     wall_s, cpu_s = time.perf_counter() - start, _children_cpu_s() - start_cpu
     if done.returncode:
         raise SystemExit(done.stderr)
-    (rate,) = re.findall(r"at ([\d.]+) MB/s", done.stdout)
-    seconds = file.stat().st_size / 1e6 / float(rate)
+    ((text_mb, rate),) = re.findall(r"([\d.]+) MB at ([\d.]+) MB/s", done.stdout)
+    seconds = float(text_mb) / float(rate)
     return Run(file.stat().st_size, seconds, cpu_s, wall_s - seconds)
 
 

@@ -71,7 +71,8 @@ def compare_logits(
     micro_batch_size, seq_length = batches[0].tokens.shape
     shards = topology.tp.size if sequence_parallel else 1
     hidden_size = next(iter(parts.stages.values())).config.hidden_size
-    wire = Wire(topology.pp, (seq_length // shards, micro_batch_size, hidden_size), hidden_dtype, topology.device)
+    shape = (seq_length // shards, micro_batch_size, hidden_size)
+    wire = Wire(topology.pp, [shape] * len(batches), hidden_dtype, topology.device)
     executor.run(forward, wire, before_backward=lambda stage, is_last: None)
 
     num_batches = len(batches) * topology.dp.size

@@ -164,9 +164,10 @@ class Pipeline:
         return self._executors[key]
 
     def _wire(self, batches: Sequence[Batch]) -> Wire:
-        lengths = [batch.tokens.shape[1] // self.sequence_shards for batch in batches]
-        shape = (lengths[0], batches[0].tokens.shape[0], self.model_config.hidden_size)
-        return Wire(self.topology.pp, shape, self.compute_dtype, self.topology.device, lengths)
+        hidden_size = self.model_config.hidden_size
+        sizes = [batch.tokens.shape for batch in batches]
+        shapes = [(seq_length // self.sequence_shards, size, hidden_size) for size, seq_length in sizes]
+        return Wire(self.topology.pp, shapes, self.compute_dtype, self.topology.device)
 
     def _before_backward(self, number: int, is_last: bool) -> None:
         chunk = self.parts.placement.stages_of(self.topology.pp.rank).index(number)

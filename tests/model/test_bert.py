@@ -170,7 +170,8 @@ def run_pipeline(parts: PipelineParts, topology: Topology, config: ModelConfig, 
         parts.data_parallel.prepare_backward(0, is_last=is_last)
 
     program = lower(build_schedule("1f1b", topology.pp.size, len(own)), parts.costs)
-    wire = Wire(topology.pp, (S // sequence_shards, 2, config.hidden_size), torch.float64, topology.device)
+    shapes = [(S // sequence_shards, 2, config.hidden_size)] * len(own)
+    wire = Wire(topology.pp, shapes, torch.float64, topology.device)
     PipelineExecutor(program, topology.pp.rank).run(forward, wire, before_backward)
     return sum(losses)
 

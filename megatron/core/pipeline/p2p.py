@@ -14,17 +14,15 @@ from megatron.core.topology import Axis
 
 @dataclass(frozen=True)
 class Wire:
-    """What travels between stages in one run: hidden states of one shape and type, and their gradients.
+    """What travels between stages in one run: hidden states of one type, and their gradients.
 
-    `lengths` are those of the first dimension for each micro-batch, where they are not all that of `shape`: every stage
-    knows them, so that shapes need not travel.
+    `shapes` has that of each micro-batch: every stage knows them, so that they need not travel.
     """
 
     axis: Axis
-    shape: tuple[int, ...]
+    shapes: Sequence[tuple[int, ...]]
     dtype: torch.dtype
     device: torch.device
-    lengths: Sequence[int] | None = None
 
     def send(self, tensor: Tensor, peer: int) -> dist.Work:
         """Starts sending to pipeline rank `peer`. The tensor must live until the work is done."""
@@ -34,8 +32,7 @@ class Wire:
 
     def receive(self, peer: int, microbatch: int) -> tuple[Tensor, dist.Work]:
         """Posts a receive from pipeline rank `peer`; wait on the work before reading the tensor."""
-        shape = self.shape if self.lengths is None else (self.lengths[microbatch], *self.shape[1:])
-        tensor = torch.empty(shape, dtype=self.dtype, device=self.device)
+        tensor = torch.empty(self.shapes[microbatch], dtype=self.dtype, device=self.device)
         work = dist.irecv(tensor, self.axis.global_ranks[peer], group=self.axis.group)
         assert work is not None
         return tensor, work

@@ -42,7 +42,7 @@ def gradients_of_run(name: str, num_microbatches: int, num_chunks: int) -> dict[
     def forward(stage: int, x: Tensor | None, microbatch: int) -> Tensor:
         return stage_forward(sample(microbatch) if x is None else x, weights[stage], stage == last)
 
-    wire = Wire(topology.pp, (1, WIDTH), torch.float64, topology.device)
+    wire = Wire(topology.pp, [(1, WIDTH)] * num_microbatches, torch.float64, topology.device)
     PipelineExecutor(program, topology.pp.rank).run(forward, wire)
     return {stage: stage_weight.grad for stage, stage_weight in weights.items()}
 
@@ -80,7 +80,7 @@ def most_outputs_alive(num_microbatches: int) -> int:
         outputs.append(weakref.ref(y))
         return y.sum() if topology.pp.is_last else y
 
-    wire = Wire(topology.pp, (1, WIDTH), torch.float64, topology.device)
+    wire = Wire(topology.pp, [(1, WIDTH)] * num_microbatches, torch.float64, topology.device)
     PipelineExecutor(program, topology.pp.rank).run(forward, wire)
     return most_alive
 
@@ -101,7 +101,7 @@ def most_leaving(num_microbatches: int) -> int:
         lengths.append(len(state.leaving))
 
     executor._RunState.send = counted
-    wire = Wire(topology.pp, (1, WIDTH), torch.float64, topology.device)
+    wire = Wire(topology.pp, [(1, WIDTH)] * num_microbatches, torch.float64, topology.device)
 
     def forward(stage: int, x: Tensor | None, microbatch: int) -> Tensor:
         y = (sample(microbatch) if x is None else x) @ weight(stage)
