@@ -248,7 +248,9 @@ def _parse_json_line(raw: bytes, path: Path, line: int, keys: Sequence[str]) -> 
             f"{path}:{line}: not readable as JSON (nested too deeply); every line must be one object."
         ) from error
     if not isinstance(value, dict):
-        raise DataError(f"{path}:{line}: {described(value)}, not a JSON object; write it as {{{keys[0]!r}: ...}}.")
+        raise DataError(
+            f"{path}:{line}: {described(value)}, not a JSON object; write it as {{{json.dumps(keys[0])}: ...}}."
+        )
     texts = tuple(_text_under(value, key, path, line) for key in keys)
     # Only an escape can make half a surrogate pair: the decoder refuses one that is spelled out.
     if not all(map(str.isascii, texts)) and b"\\u" in raw:
