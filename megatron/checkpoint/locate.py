@@ -20,6 +20,12 @@ def iteration_folder(root: Path, iteration: int) -> Path:
     return root / f"iter_{iteration:07d}"
 
 
+def iteration_of(folder: Path) -> int | None:
+    """The iteration that a folder is named after, None if after none."""
+    match = _ITERATION_NAME.fullmatch(folder.name.removesuffix(_REPLACED))
+    return int(match.group(1)) if match else None
+
+
 def replaced_folder(folder: Path) -> Path:
     """Where an iteration lies for the moment in which a new version of it takes its place."""
     return folder.with_name(folder.name + _REPLACED)
@@ -27,14 +33,13 @@ def replaced_folder(folder: Path) -> Path:
 
 def list_iterations(root: Path) -> list[int]:
     """The complete checkpoints under `root`, ascending."""
-    matches = (_ITERATION_NAME.fullmatch(path.parent.name) for path in root.glob(f"iter_*/{MANIFEST_FILE}"))
-    return sorted(int(match.group(1)) for match in matches if match)
+    folders = (path.parent for path in root.glob(f"iter_*/{MANIFEST_FILE}") if not path.parent.name.endswith(_REPLACED))
+    return sorted(iteration for iteration in map(iteration_of, folders) if iteration is not None)
 
 
 def list_folders(root: Path) -> list[int]:
     """The iterations of which `root` has a folder, complete or not, ascending."""
-    matches = (_ITERATION_NAME.fullmatch(path.name.removesuffix(_REPLACED)) for path in root.glob("iter_*"))
-    return sorted({int(match.group(1)) for match in matches if match})
+    return sorted({iteration for iteration in map(iteration_of, root.glob("iter_*")) if iteration is not None})
 
 
 def complete_folder(root: Path, iteration: int) -> Path | None:

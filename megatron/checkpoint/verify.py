@@ -17,7 +17,9 @@ from megatron.checkpoint.locate import (
     complete_folder,
     find_checkpoint,
     iteration_folder,
+    iteration_of,
     list_folders,
+    list_iterations,
     read_tracker,
 )
 from megatron.checkpoint.manifest import MANIFEST_FILE, FileRecord, Manifest, read_manifest
@@ -51,7 +53,7 @@ class Findings:
 
 def folders_to_verify(path: Path, iteration: int | None = None, *, every: bool = False) -> list[Path]:
     """`path` itself if it is an iteration's folder; else `iteration` of a run, the one its tracker names, or `every`
-    one, also those that are not complete.
+    one, also those that are not complete. Where the tracker names none that is there, the newest that is.
 
     Raises CheckpointError where there is none.
     """
@@ -59,7 +61,12 @@ def folders_to_verify(path: Path, iteration: int | None = None, *, every: bool =
         return [path]
     if every:
         return [complete_folder(path, number) or iteration_folder(path, number) for number in list_folders(path)]
-    return [find_checkpoint(path, iteration)]
+    try:
+        return [find_checkpoint(path, iteration)]
+    except CheckpointError:
+        if iteration is not None or not (found := list_iterations(path)):
+            raise
+        return [iteration_folder(path, found[-1])]  # `verify_tracker` says what is wrong
 
 
 def stored_bytes(folder: Path) -> int:
@@ -91,10 +98,13 @@ def verify_iteration(folder: Path, *, num_workers: int = 1, on_bytes: Callable[[
         1 + len(manifest.files),
         (folder / MANIFEST_FILE).stat().st_size + sum(record.num_bytes for record in manifest.files.values()),
         (*damage, *_tokenizer_damage(folder, manifest)),
-        tuple(
-            f"{file} is not part of the checkpoint"
-            for file in sorted(folder.iterdir())
-            if file.name not in (MANIFEST_FILE, *manifest.files)
+        (
+            *_remarks_on_name(folder, manifest),
+            *(
+                f"{file} is not part of the checkpoint"
+                for file in sorted(folder.iterdir())
+                if file.name not in (MANIFEST_FILE, *manifest.files)
+            ),
         ),
     )
 
@@ -135,6 +145,12 @@ def _file_damage(folder: Path, name: str, record: FileRecord, on_bytes: Callable
         return VerifiedFile(folder, name, record).damage(on_bytes=on_bytes)
     except CheckpointError as error:
         return [str(error)]
+
+
+def _remarks_on_name(folder: Path, manifest: Manifest) -> list[str]:
+    held = manifest.info.state.iteration
+    is_named_so = iteration_of(folder) in (held, None)
+    return [] if is_named_so else [f"{folder} holds iteration {held}: it was copied or renamed"]
 
 
 def _tokenizer_damage(folder: Path, manifest: Manifest) -> list[str]:

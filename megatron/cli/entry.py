@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import select
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -16,6 +17,8 @@ if TYPE_CHECKING:
 # A launcher ends all processes of a host as soon as one of them fails, and local rank 0, which prints the
 # message, may be the last to finish its imports. The others therefore leave this much later.
 LOCAL_RANK_0_GRACE_S = 10.0
+# What a shell reports of a command that SIGPIPE ended.
+CLOSED_PIPE_STATUS = 128 + 13
 
 
 def run_main(main: Callable[[list[str]], None], argv: Sequence[str] | None = None) -> None:
@@ -23,10 +26,15 @@ def run_main(main: Callable[[list[str]], None], argv: Sequence[str] | None = Non
 
     An error that all ranks share is printed once per host, by local rank 0; one that only this rank can see
     is printed by it, with its number, at once if it says so, else when local rank 0 turns out not to have failed.
-    Any other exception is a bug and keeps its traceback.
+    Whoever reads the output may stop, as ``| head`` does. Any other exception is a bug and keeps its traceback.
     """
     try:
         main(list(sys.argv[1:] if argv is None else argv))
+        sys.stdout.flush()  # not when the interpreter ends, where a closed pipe cannot be told from a bug
+    except BrokenPipeError:
+        if not _reader_has_left():
+            raise
+        sys.exit(CLOSED_PIPE_STATUS)
     except MegatronError as error:
         _report(error)
         sys.exit(error.EXIT_STATUS)
@@ -51,6 +59,16 @@ def warn(message: str) -> None:
     """Prints a warning once per host, before logging is set up."""
     if _launch_environment().local_rank == 0:
         print(f"warning: {message}", file=sys.stderr, flush=True)
+
+
+def _reader_has_left() -> bool:
+    """Whether nobody reads standard output any more; then what is still to be written there is dropped."""
+    output = select.poll()
+    output.register(sys.stdout, 0)  # errors are told in any case
+    if not output.poll(0):
+        return False
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return True
 
 
 def _report(error: MegatronError) -> None:

@@ -349,7 +349,7 @@ class IndexedDatasetWriter:
 
     def _cannot_write(self, error: OSError) -> DataError:
         return DataError(
-            f"{self.prefix}: cannot be written ({error.strerror}); nothing was left under this name. "
+            f"{self.prefix}: cannot be written ({error.strerror}); what stood under this name is untouched. "
             f"Choose a folder that exists, is writable and has space."
         )
 

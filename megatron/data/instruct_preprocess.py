@@ -113,18 +113,14 @@ def preprocess_conversations(
     text, role = Path(f"{output_prefix}-text"), Path(f"{output_prefix}-role")
     progress = Progress(total_bytes=total_bytes)
     tell.progress(progress)
-    never = float("inf")
-    with (
-        UnfinishedDatasets((text,), encode.dtype, {}, journal_interval_s=never) as texts,
-        UnfinishedDatasets((role,), ROLE_DTYPE, {}, journal_interval_s=never) as roles,
-    ):
-        texts.open(None)
-        roles.open(None)
+    # A reader opens the text first, so it comes first here: its names, given last, complete the pair.
+    dtypes = (encode.dtype, ROLE_DTYPE)
+    with UnfinishedDatasets((text, role), dtypes, {}, journal_interval_s=float("inf")) as datasets:
+        datasets.open(None)
         for result in _encoded(inputs, encode, config):
             for error in result.errors:
                 tell.bad(error)
-            texts.append((result.text,), dict)
-            roles.append((result.role,), dict)
+            datasets.append((result.text, result.role), dict)
             progress = _advance(progress, result)
             tell.progress(progress)
         if progress.num_documents == 0:
@@ -132,10 +128,7 @@ def preprocess_conversations(
                 f"{', '.join(map(str, inputs))}: no conversation to tokenize ({progress.num_bad} bad lines, "
                 f"{total_bytes} bytes); check --input."
             )
-        # A reader opens the text first: it is the one that completes the pair.
-        Path(f"{text}.idx").unlink(missing_ok=True)
-        roles.finish()
-        texts.finish()
+        datasets.finish()
     return progress
 
 

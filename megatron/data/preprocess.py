@@ -84,11 +84,11 @@ def preprocess_files(
     keys = tuple(prefixes)
     _check_request(inputs, tokenizer, keys, config)
     total_bytes = check_inputs(inputs)
-    dtype = best_dtype(tokenizer.vocab_size)
+    dtypes = [best_dtype(tokenizer.vocab_size)] * len(prefixes)
     request = _request(inputs, keys, tokenizer, config)
     job = _Job(tuple(inputs), keys, tokenizer, config, tell)
     with UnfinishedDatasets(
-        tuple(prefixes.values()), dtype, request, journal_interval_s=journal_interval_s
+        tuple(prefixes.values()), dtypes, request, journal_interval_s=journal_interval_s
     ) as datasets:
         journal = _journal_to_continue(datasets, request, resume=config.resume)
         start = _Start.of(journal, total_bytes)

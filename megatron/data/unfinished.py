@@ -53,23 +53,24 @@ class Journal:
 
 
 class UnfinishedDatasets:
-    """Appends documents to the datasets at `prefixes`, all of which get the same documents.
+    """Appends documents to the datasets at `prefixes`, of `dtypes`, all of which get the same documents.
 
-    `finish` gives the files their names; leaving the ``with`` block without it keeps what a journal says can be
-    continued, and removes the rest. A second process that writes to the same prefix is a `DataError`.
+    `finish` gives the files their names, those of the first dataset last; leaving the ``with`` block without it keeps
+    what a journal says can be continued, and removes the rest. A second process that writes to the same prefix is a
+    `DataError`.
     """
 
     def __init__(
         self,
         prefixes: Sequence[Path],
-        dtype: np.dtype,
+        dtypes: Sequence[np.dtype],
         request: dict[str, Any],
         *,
         journal_interval_s: float = JOURNAL_INTERVAL_S,
         clock: Callable[[], float] = time.monotonic,
     ):
         self._prefixes = tuple(prefixes)
-        self._dtype = dtype
+        self._dtypes = tuple(dtypes)
         self._request = request
         self._interval_s, self._clock = journal_interval_s, clock
         self._written_s = clock()
@@ -140,22 +141,24 @@ class UnfinishedDatasets:
             raise self._cannot_write(error) from error
 
     def finish(self) -> None:
-        """Makes all files durable and gives them their names, the .idx file of each pair last."""
+        """Makes all files durable and only then gives them their names, the .idx file of each pair last."""
         try:
             self._wait()
-            for prefix, files in zip(self._prefixes, self._files, strict=True):
+            for prefix, dtype, files in zip(self._prefixes, self._dtypes, self._files, strict=True):
                 folder = self.folder_of(prefix)
                 for file in files.values():
                     file.flush()
                 _flush_and_sync([files[TOKENS]])  # of the others only what the index repeats is kept
                 with open(folder / "idx", "wb", buffering=1 << 20) as idx:
-                    _write_index(idx, folder, self._dtype)
+                    _write_index(idx, folder, dtype)
                     _flush_and_sync([idx])
             # From here on there is nothing to go on with: files move one by one.
             self._forget()
+            # An earlier .idx must never stand beside a new .bin, nor an earlier dataset beside a new one: not even
+            # between two renames.
             for prefix in self._prefixes:
-                # An earlier .idx must never stand beside the new .bin, not even between two renames.
                 Path(f"{prefix}.idx").unlink(missing_ok=True)
+            for prefix in reversed(self._prefixes):
                 os.replace(self.folder_of(prefix) / TOKENS, f"{prefix}.bin")
                 os.replace(self.folder_of(prefix) / "idx", f"{prefix}.idx")
                 sync_folder(prefix.parent)
@@ -229,7 +232,7 @@ class UnfinishedDatasets:
 
     def _cannot_write(self, error: OSError) -> DataError:
         return DataError(
-            f"{self._prefixes[0]}: cannot be written ({error.strerror}); nothing was left under this name. "
+            f"{self._prefixes[0]}: cannot be written ({error.strerror}); what stood under this name is untouched. "
             f"Choose a folder that exists, is writable and has space."
         )
 

@@ -15,8 +15,9 @@ from megatron.checkpoint.locate import TRACKER_FILE
 from megatron.checkpoint.manifest import MANIFEST_FILE
 from megatron.checkpoint.source import CheckpointInfo, TokenizerIdentity
 from megatron.checkpoint.tokenizer_files import TOKENIZER_FOLDER
-from megatron.checkpoint.verify import Findings, verify_iteration, verify_source, verify_tracker
+from megatron.checkpoint.verify import Findings, folders_to_verify, verify_iteration, verify_source, verify_tracker
 from megatron.core.layout import ParallelLayout
+from megatron.errors import CheckpointError
 from megatron.tokenizer.protocol import file_sha256
 
 LAYOUT = ParallelLayout(tp=2, pp=2)
@@ -65,6 +66,22 @@ def test_a_flipped_bit_in_the_tracker_is_found_or_names_an_iteration_that_is_the
             # "11" is a whole checkpoint, and the only one besides "10" that a bit can lead to.
             assert bool(found.damage) == (tracker.read_bytes() != b"11")
             assert all(str(tracker) in message for message in found.damage)
+
+
+def test_where_the_tracker_is_garbage_the_newest_iteration_is_verified_besides(folder: Path) -> None:
+    shutil.copytree(folder, later := folder.with_name("iter_0000011"))
+    (folder.parent / TRACKER_FILE).write_text("banana")
+    assert folders_to_verify(folder.parent) == [later]
+    assert verify_tracker(folder.parent).damage
+    with pytest.raises(CheckpointError, match="--load_iters asks for iteration 12"):
+        folders_to_verify(folder.parent, 12)
+
+
+def test_an_iteration_under_another_ones_name_is_remarked_on(folder: Path) -> None:
+    assert verify(folder).remarks == ()
+    folder.rename(renamed := folder.with_name("iter_0000011"))
+    found = verify(renamed)
+    assert (found.damage, found.remarks) == ((), (f"{renamed} holds iteration 10: it was copied or renamed",))
 
 
 @pytest.mark.parametrize("num_bytes", [0, 7, 100, -1])

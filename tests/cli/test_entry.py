@@ -87,6 +87,20 @@ def test_a_command_with_a_process_group_leaves_with_the_status_of_any_other(endi
     assert ended.stdout == ("done" if "1 / 0" not in ending else "donetorn down\n")
 
 
+@pytest.mark.parametrize("how", ["print('line\\n' * 100_000)", "print('line')", "print('line', flush=True)"])
+def test_a_reader_that_stops_reading_is_no_error(how):
+    script = f"import time; from megatron.cli import run_main\nrun_main(lambda argv: (time.sleep(0.2), {how}), [])"
+    command = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    command.stdout.close()
+    assert (command.stderr.read(), command.wait(60)) == (b"", 141)
+
+
+def test_a_broken_pipe_elsewhere_is_a_bug_like_any_other():
+    script = "from megatron.cli import run_main\ndef main(argv): raise BrokenPipeError\nrun_main(main, [])"
+    ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
+    assert (ended.returncode, "BrokenPipeError" in ended.stderr) == (1, True)
+
+
 def test_a_bug_keeps_its_traceback():
     with pytest.raises(ZeroDivisionError):
         run_main(lambda argv: 1 / 0, [])

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import itertools
 import json
 import runpy
@@ -11,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from megatron.data import unfinished
 from megatron.data.indexed import IndexedDataset
 from megatron.errors import ConfigError, DataError
 from megatron.tokenizer import TokenizerConfig, build_tokenizer
@@ -70,6 +72,28 @@ def test_files_are_the_originals_byte_for_byte_where_text_may_name_control_token
     for name in ("text.bin", "text.idx", "role.bin", "role.idx"):
         assert (tmp_path / f"out-{name}").read_bytes() == (SAMPLES / f"conv_sys-{name}").read_bytes()
     assert len(list(tmp_path.iterdir())) == 4
+
+
+@pytest.mark.parametrize("calls_with_room", [0, 1])
+@pytest.mark.parametrize("is_there_before", [False, True])
+def test_a_disk_that_fills_up_at_the_end_changes_nothing(
+    tmp_path, preprocess, monkeypatch, is_there_before, calls_with_room
+):
+    """Neither the text alone nor the roles alone appear, and a pair that stood there stands there still."""
+    if is_there_before:
+        preprocess(*original_command(tmp_path / "out"), "--parse_special")
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    real, calls = unfinished._write_index, itertools.count()
+
+    def write_index(*arguments: object) -> None:
+        if next(calls) == calls_with_room:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        real(*arguments)
+
+    monkeypatch.setattr(unfinished, "_write_index", write_index)
+    with pytest.raises(DataError, match=r"out-text: cannot be written \(No space left on device\)"):
+        preprocess(*original_command(tmp_path / "out"))
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
 def test_only_a_conversation_that_names_control_tokens_differs_otherwise(tmp_path, preprocess):
