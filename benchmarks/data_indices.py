@@ -10,6 +10,7 @@ indices of so many documents, of which it sees the lengths alone.
 from __future__ import annotations
 
 import argparse
+import itertools
 import multiprocessing
 import subprocess
 import tempfile
@@ -106,16 +107,15 @@ def start_rows(folder: Path, rounds: int) -> list[str]:
 
 
 def merge_rows(folder: Path, scale: float, rounds: int) -> list[str]:
-    """Both sides have what they wrote on the disk before they are done."""
+    """Both sides write new files, and have them on the disk before they are done."""
     prefixes = [folder / f"part{i}" for i in range(3)]
     parts = [write(prefix, int(200_000 * scale), seed=i) for i, prefix in enumerate(prefixes)]
     files = [f"{prefix}{suffix}" for prefix in prefixes for suffix in (".bin", ".idx")]
-    copies = folder / "copies"
-    copies.mkdir()
+    numbers = itertools.count()
     ours, theirs = best_of(
         rounds,
-        lambda: merge(parts, folder / "merged", on_bytes=lambda num_bytes: None),
-        lambda: _copy(files, copies),
+        lambda: merge(parts, folder / f"merged{next(numbers)}", on_bytes=lambda num_bytes: None),
+        lambda: _copy(files, folder / f"copies{next(numbers)}"),
     )
     size_mb = sum(Path(file).stat().st_size for file in files) / 1e6
     return [f"| merge of 3 datasets, {size_mb:,.0f} MB | {ours:.2f} s | cp {theirs:.2f} s | {theirs / ours:.2f} |"]
@@ -190,6 +190,7 @@ def main() -> None:
 
 
 def _copy(files: list[str], folder: Path) -> None:
+    folder.mkdir()
     subprocess.run(["cp", *files, str(folder)], check=True)
     subprocess.run(["sync", *(str(folder / Path(file).name) for file in files)], check=True)
 

@@ -24,9 +24,12 @@ from pathlib import Path
 from typing import Final
 
 from benchmarks.pairs import interval_of_median
+from benchmarks.worker import hardware_name
 from megatron.data.documents import read_texts
+from megatron.tokenizer import TokenizerConfig, build_tokenizer
 
 REPOSITORY: Final = Path(__file__).parent.parent
+RESULT: Final = Path(__file__).parent / "results" / "tokenization.md"
 # What the project asks of itself: MB/s with gigatoken, the share of the library's rate without, and seconds to start.
 FAST_BAR_MB_S: Final = 60.0
 REFERENCE_BAR: Final = 0.9
@@ -53,7 +56,6 @@ class Run:
 
 def main(argv: list[str]) -> None:
     options = _parse(argv)
-    print(f"{len(os.sched_getaffinity(0))} cores, load {os.getloadavg()[0]:.1f}, {options.workers} threads")
     with tempfile.TemporaryDirectory() as folder:
         texts = list(read_texts([Path(options.input)], "text"))
         sample = _first(texts, int(options.reference_mb * 1e6))
@@ -66,19 +68,10 @@ def main(argv: list[str]) -> None:
             sides.append(lambda: peer.append(_run_library(options, part)))
             for side in sides if pair % 2 else reversed(sides):
                 side()
-    _show(f"with gigatoken, {fast[0].num_bytes / 1e6:.1f} MB", fast)
-    _show(f"without, {ours[0].num_bytes / 1e6:.1f} MB", ours)
-    _show("the library alone", peer)
-    ratios = sorted(mine.mb_per_s / theirs.mb_per_s for mine, theirs in zip(ours, peer, strict=True))
-    low, high = interval_of_median(len(ratios))
-    ratio = statistics.median(ratios)
-    rate, start_up = statistics.median(run.mb_per_s for run in fast), statistics.median(run.start_up_s for run in fast)
-    print(f"rate with gigatoken   {rate:6.1f} MB/s, bar {FAST_BAR_MB_S:.0f}: {_verdict(rate >= FAST_BAR_MB_S)}")
-    print(
-        f"rate without / the library's  {ratio:.3f} [{ratios[low]:.3f}, {ratios[high]:.3f}], bar {REFERENCE_BAR}: "
-        f"{_verdict(ratio >= REFERENCE_BAR)}"
-    )
-    print(f"start-up              {start_up:6.2f} s, bar {START_UP_BAR_S:.0f}: {_verdict(start_up < START_UP_BAR_S)}")
+    table = "\n".join([*_heading(options), *_rows(fast, ours, peer), "", *_verdicts(fast, ours, peer), ""])
+    RESULT.parent.mkdir(exist_ok=True)
+    RESULT.write_text(table)
+    print(table)
 
 
 def _parse(argv: list[str]) -> argparse.Namespace:
@@ -129,15 +122,47 @@ def _children_cpu_s() -> float:
     return usage.ru_utime + usage.ru_stime
 
 
-def _show(name: str, runs: list[Run]) -> None:
+def _heading(options: argparse.Namespace) -> list[str]:
+    name = build_tokenizer(TokenizerConfig(tokenizer_model=options.tokenizer_model)).name
+    return [
+        "# Text to tokens",
+        "",
+        f"{hardware_name()}, {options.workers} threads, {options.pairs} runs of each side; {name}",
+        "",
+    ]
+
+
+def _rows(fast: list[Run], ours: list[Run], peer: list[Run]) -> list[str]:
+    sides = {"ours with gigatoken": fast, "ours without": ours, "the library alone": peer}
+    return [
+        "| side | text in MB | MB/s | CPU ms/MB, start-up included | start-up in s |",
+        "|---|---|---|---|---|",
+        *(_row(name, runs) for name, runs in sides.items()),
+    ]
+
+
+def _row(name: str, runs: list[Run]) -> str:
     rate = statistics.median(run.mb_per_s for run in runs)
     cpu = statistics.median(run.cpu_ms_per_mb for run in runs)
     start_up = statistics.median(run.start_up_s for run in runs)
-    print(f"{name:30s} {rate:7.2f} MB/s  {cpu:8.1f} CPU ms/MB, start-up included  {start_up:5.2f} s start-up")
+    return f"| {name} | {runs[0].num_bytes / 1e6:.1f} | {rate:.2f} | {cpu:.1f} | {start_up:.2f} |"
+
+
+def _verdicts(fast: list[Run], ours: list[Run], peer: list[Run]) -> list[str]:
+    ratios = sorted(mine.mb_per_s / theirs.mb_per_s for mine, theirs in zip(ours, peer, strict=True))
+    low, high = interval_of_median(len(ratios))
+    ratio = statistics.median(ratios)
+    rate, start_up = statistics.median(run.mb_per_s for run in fast), statistics.median(run.start_up_s for run in fast)
+    return [
+        f"- rate with gigatoken {rate:.1f} MB/s, bar {FAST_BAR_MB_S:.0f}: {_verdict(rate >= FAST_BAR_MB_S)}",
+        f"- rate without / the library's {ratio:.3f} [{ratios[low]:.3f}, {ratios[high]:.3f}], bar {REFERENCE_BAR}: "
+        f"{_verdict(ratio >= REFERENCE_BAR)}",
+        f"- start-up {start_up:.2f} s, bar {START_UP_BAR_S:.0f}: {_verdict(start_up < START_UP_BAR_S)}",
+    ]
 
 
 def _verdict(is_met: bool) -> str:
-    return "met" if is_met else "short"
+    return "met" if is_met else "**short**"
 
 
 if __name__ == "__main__":
