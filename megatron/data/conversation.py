@@ -54,7 +54,8 @@ CHAT_KEYS = ("messages", "conversations")
 class RecordKeys:
     """Where a record has its conversation: a list of messages under `chat`, or one turn under the other keys.
 
-    Without `chat` a record that has no `question` may have its list under one of `CHAT_KEYS`.
+    Without `chat` a record that has no `question` may have its list under one of `CHAT_KEYS`. The system message may
+    stand beside a list, under `system`, or in it, as its first.
     """
 
     question: str = "input"
@@ -82,11 +83,11 @@ def parse_conversation(raw: bytes, keys: RecordKeys, *, is_first: bool = False) 
     """One line's messages. `is_first`: it may begin with a byte-order mark."""
     record = _parse_object(raw, is_first)
     if keys.chat is not None:
-        return _messages(record, keys.chat)
+        return _chat(record, keys.chat, keys.system)
     if keys.question not in record:
         for key in CHAT_KEYS:
             if key in record:
-                return _messages(record, key)
+                return _chat(record, key, keys.system)
     turn = [Message(Role.PROMPTER, _text(record, keys.question)), Message(Role.ASSISTANT, _text(record, keys.answer))]
     if keys.system is not None:
         turn.insert(0, Message(Role.SYSTEM, _text(record, keys.system)))
@@ -112,6 +113,22 @@ def _text(record: dict[str, Any], key: str) -> str:
             "--question_key, --answer_key and --system_key, or a list of messages with --chat_key."
         )
     return _checked(record[key], repr(key))
+
+
+def _chat(record: dict[str, Any], key: str, system_key: str | None) -> tuple[Message, ...]:
+    """The list under `key`, after the system message beside it; a list that begins with its own keeps that."""
+    messages = _messages(record, key)
+    if system_key is None or messages[0].role is Role.SYSTEM:
+        return messages
+    if system_key not in record:
+        raise DataError(
+            f"no key {system_key!r} beside the messages, the object has {', '.join(map(repr, record))}; name the key "
+            "with --system_key, and give a line without a system message an empty one."
+        )
+    system = record[system_key]
+    if system is None or system == "":
+        return messages
+    return (Message(Role.SYSTEM, _checked(system, repr(system_key))), *messages)
 
 
 def _messages(record: dict[str, Any], key: str) -> tuple[Message, ...]:
