@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
-import io
 import json
 import logging
 import os
@@ -76,7 +75,7 @@ class UnfinishedDatasets:
         self._written_s = clock()
         self._num_sequences: list[int] = []
         self._files: list[dict[str, IO[bytes]]] = []
-        self._lock_file: IO[bytes] = io.BytesIO()
+        self._locks = contextlib.ExitStack()
         self._syncing: Future[None] | None = None
         self._background = ThreadPoolExecutor(1)
 
@@ -181,26 +180,26 @@ class UnfinishedDatasets:
         elif self._files:
             for prefix in self._prefixes:
                 shutil.rmtree(self.folder_of(prefix), ignore_errors=True)
-        self._lock_file.close()
+        self._locks.close()
 
     def _forget(self) -> None:
         """What was written before does not count any more."""
         (self.folder / "journal.json").unlink(missing_ok=True)
 
     def _lock(self) -> None:
-        self.folder.mkdir(parents=True, exist_ok=True)
-        lock = open(self.folder / "lock", "ab")  # noqa: SIM115 - held until the end
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise DataError(
-                f"{self._prefixes[0]}: another process is writing this dataset; wait for it, or choose another "
-                "--output_prefix."
-            ) from error
-        except OSError as error:
-            if error.errno not in _NO_LOCKS:
-                raise
-        self._lock_file = lock
+        """Takes the locks of all datasets, in an order on which all processes agree, or none of them."""
+        with contextlib.ExitStack() as locks:
+            for prefix in sorted(self._prefixes):
+                folder = self.folder_of(prefix)
+                folder.mkdir(parents=True, exist_ok=True)
+                lock = locks.enter_context(open(folder / "lock", "ab"))
+                if not _try_lock(lock):
+                    raise DataError(
+                        f"{prefix}: another process is writing this dataset; wait for it, or choose another "
+                        "--output_prefix."
+                    )
+                locks.callback(_remove_empty, folder)
+            self._locks = locks.pop_all()
 
     def _write_journal(self, notes: dict[str, Any]) -> None:
         """In the background, unless the one before is still under way."""
@@ -235,6 +234,25 @@ class UnfinishedDatasets:
             f"{self._prefixes[0]}: cannot be written ({error.strerror}); what stood under this name is untouched. "
             f"Choose a folder that exists, is writable and has space."
         )
+
+
+def _try_lock(lock: IO[bytes]) -> bool:
+    """False if another process holds it. A file system without locks is taken at its word."""
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        if error.errno not in _NO_LOCKS:
+            raise
+    return True
+
+
+def _remove_empty(folder: Path) -> None:
+    """Removes a folder that holds a lock and nothing to lock."""
+    with contextlib.suppress(OSError):
+        if os.listdir(folder) == ["lock"]:
+            shutil.rmtree(folder)
 
 
 def _open_at(path: Path, num_bytes: int) -> IO[bytes]:

@@ -11,14 +11,18 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
 import zstandard
 
 from megatron.data import unfinished
+from megatron.data.encoding import EncodedTexts
+from megatron.data.indexed import IndexedDataset
 from megatron.data.preprocess import Listeners, Progress, preprocess_files, tokenize_file
 from megatron.data.preprocess_config import PreprocessConfig
+from megatron.data.unfinished import UnfinishedDatasets
 from megatron.errors import ConfigError, DataError
 from megatron.tokenizer import Tokenizer, TokenizerConfig, build_tokenizer
 from tiny_tokenizers import TEXT, write_sentencepiece
@@ -191,6 +195,38 @@ def test_two_runs_do_not_write_one_dataset(tmp_path, corpus, tokenizer):
         preprocess_files(
             [corpus], {"text": tmp_path / "out"}, tokenizer, CONFIG, tell=Listeners(progress=start_another)
         )
+
+
+def _documents(value: int, count: int = 10) -> EncodedTexts:
+    return EncodedTexts(np.full(count * 4, value, np.uint16), np.full(count, 4, np.int32), np.ones(count, np.int32))
+
+
+def test_a_run_is_refused_where_any_of_its_datasets_is_being_written(tmp_path):
+    """Whichever comes first among them, and without a trace of the refused one."""
+    one, two, three = (tmp_path / name for name in ("one", "two", "three"))
+    with _unfinished(two, three) as running:
+        running.open(None)
+        running.append([_documents(1), _documents(1)], dict)
+        for prefixes in ((three,), (one, three), (two, one), (three, two)):
+            with (
+                pytest.raises(DataError, match=r"/(two|three): another process is writing this dataset"),
+                _unfinished(*prefixes) as refused,
+            ):
+                refused.open(None)
+            assert sorted(path.name for path in tmp_path.iterdir()) == ["three.unfinished", "two.unfinished"]
+        with _unfinished(one) as other:  # the refused ones hold no lock
+            other.open(None)
+            other.append([_documents(2)], dict)
+            other.finish()
+        running.finish()
+    for prefix, value in ((one, 2), (two, 1), (three, 1)):
+        assert IndexedDataset(prefix).tokens.tolist() == [value] * 40
+
+
+def _unfinished(*prefixes: Path, journal_interval_s: float = float("inf")) -> UnfinishedDatasets:
+    return UnfinishedDatasets(
+        prefixes, [np.dtype(np.uint16)] * len(prefixes), {}, journal_interval_s=journal_interval_s
+    )
 
 
 def test_a_disk_that_fills_up_late_keeps_what_the_journal_says(tmp_path, corpus, tokenizer, monkeypatch):
