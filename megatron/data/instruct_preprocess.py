@@ -77,6 +77,11 @@ class InstructConfig:
                 f"--role_names {' '.join(self.role_names)}: {len(self.role_names)} names, and there are three roles; "
                 "give those of system, user and assistant."
             )
+        if self.chat_template != "chatml" and self.role_names != InstructConfig.role_names:
+            raise ConfigError(
+                f"--role_names {' '.join(self.role_names)} is not used with --chat_template {self.chat_template}, "
+                "which has its own names; give --chat_template chatml, or drop it."
+            )
         if self.chat_template_file is not None and self.chat_template != "tokenizer":
             raise ConfigError(
                 f"--chat_template_file {self.chat_template_file} is not used with --chat_template "

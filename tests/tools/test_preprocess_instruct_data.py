@@ -329,6 +329,11 @@ def test_a_bad_line_ends_the_run_with_its_place_and_leaves_nothing(tmp_path, pre
         (("--chat_template", "tokenizer", "--chat_template_file", "no.j2"), ConfigError, "cannot read .* no.j2"),
         (("--chat_template_file", "x.j2"), ConfigError, "--chat_template_file x.j2 is not used with --chat_template"),
         (("--role_names", "a", "b"), ConfigError, "--role_names a b: 2 names, and there are three roles"),
+        (
+            ("--chat_template", "llama3", "--role_names", "system", "user", "bot"),
+            ConfigError,
+            "--role_names system user bot is not used with --chat_template llama3, which has its own names; give --ch",
+        ),
         (("--workers", "0"), ConfigError, "--workers 0 cannot do any work"),
         (("--chunk_size", "0"), ConfigError, "--chunk_size 0 is not a number of conversations"),
         (("--dataset_impl", "lazy"), ConfigError, "--dataset_impl lazy is not written any more"),
