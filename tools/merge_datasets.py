@@ -17,7 +17,7 @@ def main(argv: list[str]) -> None:
     options = _parser().parse_args(argv)
     output = strip_suffix(options.output_prefix)
     prefixes = find_prefixes(Path(options.input))
-    if any(output.absolute() == prefix.absolute() for prefix in prefixes):
+    if any(_files(output) & _files(prefix) for prefix in prefixes):
         raise ConfigError(
             f"--output_prefix {output} is one of the datasets in {options.input}; choose a name that is not."
         )
@@ -33,6 +33,11 @@ def main(argv: list[str]) -> None:
         f"wrote {output}.bin and .idx: {len(datasets)} datasets, {merged.num_documents:,} documents, "
         f"{merged.num_tokens:,} tokens ({merged.dtype.name}) in {seconds:.1f} s"
     )
+
+
+def _files(prefix: Path) -> set[Path]:
+    """The files of a dataset, by the only names that go through no link."""
+    return {Path(f"{prefix}{suffix}").resolve() for suffix in (".bin", ".idx")}
 
 
 def _parser() -> ArgumentParser:

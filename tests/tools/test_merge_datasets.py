@@ -102,6 +102,23 @@ def test_the_output_may_not_be_an_input(tmp_path: Path):
         main([f"--input={folder}", f"--output_prefix={folder / '0-mllm_u16.bin'}"])
 
 
+def test_the_output_may_not_be_an_input_by_another_name(tmp_path: Path):
+    folder = folder_of(tmp_path, ("mllm_u16",))
+    (tmp_path / "link").symlink_to(folder)
+    (tmp_path / "linked").mkdir()
+    for suffix in (".bin", ".idx"):
+        (tmp_path / "linked" / f"a{suffix}").symlink_to(folder / f"0-mllm_u16{suffix}")
+    same = folder / "0-mllm_u16"
+    for given, output in (
+        (folder, tmp_path / "link" / same.name),
+        (tmp_path / "link", same),
+        (folder, folder / ".." / folder.name / same.name),
+        (tmp_path / "linked", same),
+    ):
+        with pytest.raises(ConfigError, match="is one of the datasets in"):
+            main([f"--input={given}", f"--output_prefix={output}"])
+
+
 def test_a_damaged_part_is_named_and_nothing_is_left(tmp_path: Path):
     folder = folder_of(tmp_path, ("mllm_u16", "mlm_u16"))
     os.truncate(folder / "1-mlm_u16.bin", 10)
