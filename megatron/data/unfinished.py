@@ -54,9 +54,9 @@ class Journal:
 class UnfinishedDatasets:
     """Appends documents to the datasets at `prefixes`, of `dtypes`, all of which get the same documents.
 
-    `finish` gives the files their names, those of the first dataset last; leaving the ``with`` block without it keeps
-    what a journal says can be continued, and removes the rest. A second process that writes to the same prefix is a
-    `DataError`.
+    All is done within a ``with`` block, so that a journal that is read is not another process's: one that writes to
+    any of the prefixes is a `DataError` on entering. `finish` gives the files their names, those of the first dataset
+    last; leaving the block without it keeps what a journal says can be continued, and removes the rest.
     """
 
     def __init__(
@@ -104,7 +104,6 @@ class UnfinishedDatasets:
     def open(self, journal: Journal | None) -> None:
         """Starts from nothing, or from what `journal` says."""
         try:
-            self._lock()
             if journal is None:
                 self._forget()
             sizes = [dict.fromkeys(FILES, 0)] * len(self._prefixes) if journal is None else journal.num_bytes
@@ -165,6 +164,10 @@ class UnfinishedDatasets:
             raise self._cannot_write(error) from error
 
     def __enter__(self) -> UnfinishedDatasets:
+        try:
+            self._lock()
+        except OSError as error:
+            raise self._cannot_write(error) from error
         return self
 
     def __exit__(

@@ -197,6 +197,17 @@ def test_two_runs_do_not_write_one_dataset(tmp_path, corpus, tokenizer):
         )
 
 
+def test_a_run_beside_one_with_a_journal_is_told_to_wait_and_not_to_remove_it(tmp_path, corpus, tokenizer):
+    with _unfinished(tmp_path / "out", journal_interval_s=0.0) as running:
+        running.open(None)
+        running.append([_documents(1)], dict)
+        running._wait()
+        assert (running.folder / "journal.json").exists()
+        for config in (CONFIG, RESUME):
+            with pytest.raises(DataError, match="another process is writing this dataset; wait for it"):
+                preprocess_files([corpus], {"text": tmp_path / "out"}, tokenizer, config)
+
+
 def _documents(value: int, count: int = 10) -> EncodedTexts:
     return EncodedTexts(np.full(count * 4, value, np.uint16), np.full(count, 4, np.int32), np.ones(count, np.int32))
 
