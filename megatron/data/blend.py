@@ -176,8 +176,11 @@ class BlendedDataset:
         return [replace(piece, dataset=number) for piece in pieces]
 
     def has_same_order_for(self, num_samples: int | None) -> bool:
-        """The blend of fewer samples is the beginning of that of more; what may change is the epochs of a dataset."""
-        if num_samples is None:
+        """The blend of fewer samples is the beginning of that of more; what may change is the epochs of a dataset.
+
+        Nor is it known where ``max_epochs`` leaves no room for so many: that run had another limit.
+        """
+        if num_samples is None or _room(_limits(self._tokens, self._request), num_samples) < num_samples:
             return False
         counts = [
             np.bincount(_serve(self._tokens, self._shares, self._request, wanted)[0], minlength=len(self._tokens))
@@ -220,17 +223,28 @@ def _serve(tokens: np.ndarray, shares: np.ndarray, request: Request, num_samples
             f"the {len(tokens)} datasets of the blend hold 0 tokens for this split; choose other data or another "
             "--split."
         )
-    limits = np.full(len(tokens), _UNLIMITED)
-    if request.max_epochs is not None:
-        limits = (np.floor(tokens * request.max_epochs).astype(np.int64) - 1) // request.sequence_length
-    limits[tokens == 0] = 0
-    room = int(limits.clip(0, num_samples).sum())
+    limits = _limits(tokens, request)
+    room = _room(limits, num_samples)
     if room < num_samples:
         raise DataError(
             f"--max_epochs_per_dataset {request.max_epochs:g} leaves {room} samples of {request.sequence_length} "
             f"tokens, and {num_samples} are wanted; train fewer iterations, allow more epochs, or add data."
         )
     return helpers.build_blend_index(shares.tolist(), limits.tolist(), num_samples)
+
+
+def _limits(tokens: np.ndarray, request: Request) -> np.ndarray:
+    """tokens: int64 [d] of one epoch -> int64 [d], how many samples each dataset may serve."""
+    limits = np.full(len(tokens), _UNLIMITED)
+    if request.max_epochs is not None:
+        limits = (np.floor(tokens * request.max_epochs).astype(np.int64) - 1) // request.sequence_length
+    limits[tokens == 0] = 0
+    return limits
+
+
+def _room(limits: np.ndarray, num_samples: int) -> int:
+    """How many of `num_samples` there are within the limits."""
+    return int(limits.clip(0, num_samples).sum())
 
 
 def _write_joined(requests: Sequence[IndexRequest | None], writer: EntryWriter) -> None:

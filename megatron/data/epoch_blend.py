@@ -35,11 +35,11 @@ class EpochBlend:
     ):
         sizes = [member(0).samples_per_epoch for member in members]
         limits = [2**62 if max_epochs is None else int(size * max_epochs) for size in sizes]
-        room = sum(min(limit, num_samples) for limit in limits)
-        if room < num_samples:
+        self._room = sum(limits)
+        if self._room < num_samples:
             raise DataError(
-                f"--max_epochs_per_dataset {max_epochs:g} leaves {room} samples, and {num_samples} are wanted; train "
-                "fewer iterations, allow more epochs, or add data."
+                f"--max_epochs_per_dataset {max_epochs:g} leaves {self._room} samples, and {num_samples} are wanted; "
+                "train fewer iterations, allow more epochs, or add data."
             )
         shares = [float(size) for size in sizes] if weights is None else list(weights)
         self.dataset_index, self._positions = helpers.build_blend_index(shares, limits, num_samples)
@@ -60,5 +60,5 @@ class EpochBlend:
         return int(self.dataset_index[index]), int(self._positions[index])
 
     def has_same_order_for(self, num_samples: int | None) -> bool:
-        """The blend of fewer samples is the beginning of that of more."""
-        return num_samples is not None
+        """The blend of fewer samples is the beginning of that of more, as far as ``max_epochs`` leaves room."""
+        return num_samples is not None and num_samples <= self._room

@@ -96,13 +96,14 @@ def _train(
     )
     saver = None if run.checkpoint.save is None else checkpoints.saver()
     log = MetricsLog(run, device=topology.device, is_main=topology.world.is_first, resumed_at=start.iteration or None)
+    notes = _notes(datasets, source, start, run)  # on all ranks: what is wrong with them stops all
     if topology.world.is_first:
         if run.checkpoint.save is not None:
             write_config(run, Path(run.checkpoint.save))
         log.message(
             startup_summary(run, parts.layers, kernel=kernel.__name__, device=topology.device, datasets=datasets)
         )
-        for note in _notes(datasets, source, start, run):
+        for note in notes:
             log.message(f"note: {note}")
     Trainer(run, topology, step, datasets, checkpoints, saver, log).fit(start)
     log.close()

@@ -120,6 +120,12 @@ def test_the_order_is_the_same_for_another_length_unless_the_epochs_of_a_dataset
     assert not blend.has_same_order_for(60)
 
 
+def test_a_number_of_samples_that_the_limits_leave_no_room_for_has_another_order(prefixes: list[Path]):
+    """What a run asks that is shorter than the one it continues, and limited."""
+    blend = blended(prefixes, 60, max_epochs=1)
+    assert blend.has_same_order_for(66) and not blend.has_same_order_for(67)
+
+
 def test_ids_beyond_the_vocabulary_are_an_error_before_training(prefixes: list[Path]):
     with pytest.raises(DataError, match="is outside the vocabulary of 250"):
         blended(prefixes, vocab_size=250)

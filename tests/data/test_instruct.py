@@ -157,6 +157,7 @@ def test_a_blend_serves_its_shares_at_every_prefix(tmp_path: Path):
     with pytest.raises(IndexError, match="sample 100 of a blend of 100"):
         blend[100]
     assert blend.has_same_order_for(3) and len(blend) == 100
+    assert limited.has_same_order_for(20) and not limited.has_same_order_for(21)
 
 
 def test_padding_goes_by_length_so_that_an_end_that_is_also_the_padding_counts():
