@@ -19,7 +19,10 @@ _BUFFER_BYTES = 1 << 20
 
 @dataclass(frozen=True)
 class Rows:
-    """Consecutive rows: `columns` holds for every key its texts, None where the file has none. Rows count from 1."""
+    """Consecutive rows: `columns` holds for every key its texts. Rows count from 1.
+
+    None stands where the file has no text: no value, or bytes that are not UTF-8.
+    """
 
     first_row: int
     columns: tuple[list[str | None], ...]
@@ -38,8 +41,22 @@ def read_rows(path: Path, keys: Sequence[str], *, skip_rows: int, max_rows: int,
                 continue
             batch = batch.slice(max(0, skip_rows - first))
             first = max(first, skip_rows)
-            columns = tuple(batch.column(key).to_pylist() for key in keys)
+            columns = tuple(_texts(batch.column(key)) for key in keys)
             yield Rows(first + 1, columns, batch.nbytes)
+
+
+def _texts(column: pyarrow.Array) -> list[str | None]:
+    try:
+        return column.to_pylist()
+    except UnicodeDecodeError:  # writers need not check their strings
+        return [_text(value) for value in column]
+
+
+def _text(value: pyarrow.Scalar) -> str | None:
+    try:
+        return value.as_py()
+    except UnicodeDecodeError:
+        return None
 
 
 def count_rows(path: Path) -> int:
