@@ -65,6 +65,11 @@ def check_inputs(paths: Sequence[Path]) -> int:
         if path.is_dir():
             raise DataError(f"{path} is a folder; name the files in it, for example '{path}/*.jsonl'.")
         try:
+            # Before it is opened: that waits where nothing writes to a named pipe.
+            if path.exists() and not path.is_file():
+                raise DataError(
+                    f"{path} is a pipe or a device, and inputs are read more than once; write the text into a file."
+                )
             with path.open("rb"):
                 total_bytes += path.stat().st_size
         except OSError as error:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 import pytest
 
@@ -46,6 +47,15 @@ def test_inputs_that_are_no_text_files_are_refused(tmp_path):
         DataError, match=r"a\.zip is not a text file by its name \(\.zip\); give JSON lines, .txt or par"
     ):
         check_inputs([tmp_path / "a.zip"])
+
+
+def test_pipes_and_devices_are_refused_before_they_are_opened(tmp_path):
+    os.mkfifo(tmp_path / "named")
+    reader, writer = os.pipe()
+    with open(reader, "rb"), open(writer, "wb"):
+        for path in (Path(f"/dev/fd/{reader}"), tmp_path / "named", Path("/dev/null")):
+            with pytest.raises(DataError, match=rf"^{path} is a pipe or a device, .*; write the text into a file\.$"):
+                check_inputs([path])
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root reads every file")
