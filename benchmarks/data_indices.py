@@ -1,6 +1,6 @@
 """Indices, blends and random access: our times beside the bound that the machine sets.
 
-python -m benchmarks.data_indices [--scale 1.0] [--rounds 5] [--documents 100000000]
+python -m benchmarks.data_indices [--scale 1.0] [--rounds 5] [--documents 10000000]
 
 Every figure is the best of `rounds` in one process, measured in turns with its bound or peer: the document order's
 random gather for the sample index, `cp` of the same bytes for a merge. The memory is that of a process that builds the
@@ -170,7 +170,7 @@ def write(prefix: Path, num_documents: int, *, seed: int) -> IndexedDataset:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.data_indices", description=__doc__)
     parser.add_argument("--scale", type=float, default=1.0, help="of the number of documents and samples")
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=5, help="runs of each side, in turns")
     parser.add_argument("--documents", type=int, default=10_000_000, help="whose indices' memory is measured")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:

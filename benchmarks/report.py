@@ -18,8 +18,8 @@ their speed ratios (above 1: ours is faster) and its 95% interval, and the ratio
 **short**, and the profile of both sides follows. The losses of both sides agree to 1e-4 in every step, or there is no
 row.
 
-| comparison | size | ours | peer | ratio | 95% interval | CPU time | bar | | pairs | s/step | tok/s | GFLOP/s |
-|---|---|---|---|---|---|---|---|---|---|---|---|---|
+| comparison | size | ours | peer | ratio | 95% interval | CPU time | bar | | pairs | load | s/step | tok/s | GFLOP/s |
+|---|---|---|---|---|---|---|---|---|---|---|---|---|---|
 """
 
 
@@ -69,6 +69,7 @@ def _row(result: Result) -> str:
         f"{result.bar:g}",
         verdict,
         f"{result.num_pairs}",
+        f"{result.load_before:.1f}",
         f"{result.ours_step_s:.3f}",
         f"{result.ours_tokens_per_s:.0f}",
         f"{result.ours_gflops:.0f}",
@@ -81,11 +82,7 @@ def _verdict(result: Result) -> str:
 
 
 def _machines(results: list[Result]) -> str:
-    lines = {
-        f"- {result.hardware}, torch {result.torch_version}, {result.date[:10]}; load before "
-        f"{'above' if result.load_before > 0.5 else 'below'} 0.5"
-        for result in results
-    }
+    lines = {f"- {result.hardware}, torch {result.torch_version}, {result.date[:10]}" for result in results}
     return "\n".join(sorted(lines)) + "\n"
 
 

@@ -106,7 +106,8 @@ def report(rounds: dict[str, dict[str, list[dict[str, float]]]], gib: float) -> 
         "",
         f"{hardware_name()}, torch {torch.__version__}; load {os.getloadavg()[0]:.1f} at the end. Medians of "
         f"{len(next(iter(rounds.values()))['ours'])} rounds; floor: cold sequential read and durable write of the same "
-        "bytes. Ours checks every byte it reads and writes; classic is torch.load, cat, split and torch.save.",
+        "bytes. Ours checks every byte it reads and writes; classic is torch.load, cat, split and torch.save. "
+        "Times the floor is the median of the rounds' own ratios, with least and largest; memory is the largest.",
         "",
         f"| case | floor s | ours s | times the floor (at most {MAX_TIMES_THE_FLOOR:g}) | "
         f"ours extra MiB (at most {MAX_EXTRA_MIB}) | ours CPU s, user s | classic s | classic extra MiB |",

@@ -51,7 +51,9 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("first", type=Path, metavar="FILE", help="metrics.jsonl of a run")
     parser.add_argument("second", type=Path, metavar="FILE", help="metrics.jsonl of another run")
-    parser.add_argument("--tolerance", type=float, default=1e-5, metavar="X", help="largest relative difference")
+    parser.add_argument(
+        "--tolerance", type=float, default=1e-5, metavar="X", help="largest relative difference; default: %(default)s"
+    )
     return parser
 
 

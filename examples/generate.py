@@ -44,10 +44,10 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("models", nargs="+", metavar="DIR", help="Hugging Face model folders, with their tokenizers")
     parser.add_argument("--prompt", required=True, metavar="TEXT")
-    parser.add_argument("--max_new_tokens", type=int, default=60)
-    parser.add_argument("--temperature", type=float, default=0.7)
-    parser.add_argument("--top_k", type=int, default=50, help="draw from this many most likely tokens")
-    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--max_new_tokens", type=int, default=60, help="default: %(default)s")
+    parser.add_argument("--temperature", type=float, default=0.7, help="of the distribution; default: %(default)s")
+    parser.add_argument("--top_k", type=int, default=50, help="most likely tokens to draw from; default: %(default)s")
+    parser.add_argument("--seed", type=int, default=1, help="default: %(default)s")
     return parser
 
 

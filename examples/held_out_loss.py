@@ -55,7 +55,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("models", nargs="+", metavar="DIR", help="Hugging Face model folders, with their tokenizers")
     parser.add_argument("--text", type=Path, required=True, metavar="FILE", help='JSON lines with the key "text"')
     parser.add_argument("--last_documents", type=int, default=0, metavar="N", help="of the file; default: all of them")
-    parser.add_argument("--seq_length", type=int, default=128, metavar="N", help="tokens of a window")
+    parser.add_argument(
+        "--seq_length", type=int, default=128, metavar="N", help="tokens of a window; default: %(default)s"
+    )
     parser.add_argument(
         "--expected_fall", type=float, metavar="X", help="fail unless the last model's loss is X below the first one's"
     )

@@ -49,13 +49,13 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokenizer", type=Path, required=True, metavar="FILE", help="SentencePiece tokenizer.model")
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder to write")
-    parser.add_argument("--num_layers", type=int, default=4)
-    parser.add_argument("--hidden_size", type=int, default=256)
-    parser.add_argument("--ffn_hidden_size", type=int, default=688)
-    parser.add_argument("--num_attention_heads", type=int, default=8)
-    parser.add_argument("--num_attention_heads_kv", type=int, default=4)
-    parser.add_argument("--max_position_embeddings", type=int, default=256)
-    parser.add_argument("--seed", type=int, default=1234)
+    parser.add_argument("--num_layers", type=int, default=4, help="default: %(default)s")
+    parser.add_argument("--hidden_size", type=int, default=256, help="default: %(default)s")
+    parser.add_argument("--ffn_hidden_size", type=int, default=688, help="default: %(default)s")
+    parser.add_argument("--num_attention_heads", type=int, default=8, help="default: %(default)s")
+    parser.add_argument("--num_attention_heads_kv", type=int, default=4, help="default: %(default)s")
+    parser.add_argument("--max_position_embeddings", type=int, default=256, help="default: %(default)s")
+    parser.add_argument("--seed", type=int, default=1234, help="default: %(default)s")
     return parser
 
 

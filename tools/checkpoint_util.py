@@ -346,7 +346,7 @@ def _add_config(parser: argparse._ActionsContainer) -> None:
 
 def _add_workers(parser: argparse.ArgumentParser, what: str) -> None:
     default = min(MAX_WORKERS, os.cpu_count() or 1)
-    parser.add_argument("--num_workers", type=int, default=default, metavar="N", help=f"{what}; default: {default}")
+    parser.add_argument("--num_workers", type=int, default=default, metavar="N", help=f"{what}; default: %(default)s")
 
 
 if __name__ == "__main__":

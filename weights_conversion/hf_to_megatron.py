@@ -72,7 +72,9 @@ def _parser() -> ArgumentParser:
     parser = ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     names = [name for name in MODEL_NAMES if model_sizes(name)]
     parser.add_argument("model", choices=names, help="family of models")
-    parser.add_argument("--size", help="published size in billions; checked against --model-path where both are given")
+    parser.add_argument(
+        "--size", help="published size of the family, as 70 or 3.1-8; checked against --model-path where both are given"
+    )
     parser.add_argument("--out", type=Path, required=True, help="folder to write, new or empty")
     parser.add_argument(
         "--model_path",

@@ -69,7 +69,11 @@ def _parser() -> ArgumentParser:
     shards.add_argument(
         "--max_shard_size", type=_num_bytes, default=DEFAULT_SHARD_BYTES, help="size of a weight file; default: 5GB"
     )
-    parser.add_argument("--dtype", choices=list(WEIGHT_DTYPES), help="dtype of the weights; default: as they are")
+    parser.add_argument(
+        "--dtype",
+        choices=list(WEIGHT_DTYPES),
+        help="dtype of the weights; default: as they are, and bf16 for a run trained with --bf16",
+    )
     parser.add_argument("--model", choices=MODEL_NAMES, help="family of models; checked against the checkpoint")
     parser.add_argument(
         "--rotary_halves",

@@ -124,7 +124,7 @@ def _add_model_spellings(group: argparse._ArgumentGroup) -> None:
         action=_LinearRopeScaling,
         type=float,
         metavar="X",
-        help="divide rotary positions by this, for contexts that much longer (linear scaling)",
+        help="divide rotary positions by this, for contexts that are longer by this factor (linear scaling)",
     )
 
 

@@ -17,7 +17,8 @@ class TrainingConfig:
         default="gpt", metadata={"help": "family of models, whose architecture it sets", "choices": MODEL_NAMES}
     )
     size: str | None = field(
-        default=None, metadata={"help": "published size of the family, in billions: 70 for --model_name llama2, say"}
+        default=None,
+        metadata={"help": "published size of the family: 70 for --model_name llama2, 3.1-8 for llama3, base for bert"},
     )
     micro_batch_size: int = field(metadata={"help": "samples that pass through the model at once; required"})
     global_batch_size: int = field(

@@ -171,7 +171,7 @@ def _filesystem(url: str) -> tuple[AbstractFileSystem, str]:
 def _no_client(url: str, error: ImportError) -> ConfigError:
     return ConfigError(
         f"{url}: reading from a store needs a package that is not installed ({error}); pip install "
-        "'megatron-3d[object-store]' brings those for s3, or copy the dataset to a disk."
+        "fsspec s3fs brings those for s3, or copy the dataset to a disk."
     )
 
 

@@ -234,7 +234,7 @@ def test_a_full_disk_is_an_error_and_leaves_nothing(tmp_path: Path):
     resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
     try:
         with (
-            pytest.raises(DataError, match=r"data: cannot be written \(File too large\); what stood under this name is"),
+            pytest.raises(DataError, match=r"data: cannot be written \(File too large\); what stood under this"),
             IndexedDatasetWriter(tmp_path / "data", np.uint16) as writer,
         ):
             writer.add_document(tokens)

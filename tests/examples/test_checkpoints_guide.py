@@ -14,7 +14,7 @@ import torch
 from megatron.checkpoint.manager import save
 from megatron.checkpoint.placement import logical_shapes
 from megatron.checkpoint.source import CheckpointInfo, LocalTensor, RunState
-from megatron.config import parse_run
+from megatron.config import parse_run, resolve
 from megatron.core.sharding import Region
 from megatron.core.topology import Axis
 from megatron.model.config import ModelConfig
@@ -107,7 +107,8 @@ def test_every_command_prints_what_the_guide_shows(
         if words[0] == "printf":
             damage(words)
         elif words[0] == "torchrun":
-            parse_run(words[words.index("finetune.py") + 1 :])
+            run = resolve(parse_run(words[words.index("finetune.py") + 1 :]), 4, tokenizer_vocab_size=MODEL.vocab_size)
+            assert logical_shapes(run.model) == logical_shapes(MODEL)
         else:
             assert words[:2] == ["python", TOOL], command
             _, printed = run_tool(words[2:], capsys)

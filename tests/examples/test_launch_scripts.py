@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import shlex
+import signal
 import socket
 import stat
 import subprocess
@@ -147,6 +148,28 @@ def test_multi_node_runs_every_host(environment: dict[str, str], tmp_path: Path)
     assert "TP1 x PP2 x DP1" in run("multi_node.sh", environment, "--lr", "1e-4", "--lr_decay_style=constant", **hosts)
     metrics = read_metrics(Path(environment["SAVE"]) / "metrics.jsonl")
     assert metrics[0]["learning_rate"] == 1e-4 and len(metrics) == 2
+
+
+@pytest.mark.parametrize("ending", ["SIGINT to the script", "SIGTERM to the script", "its death"])
+def test_what_ends_multi_node_lets_every_host_save_and_leave(tmp_path: Path, ending: str) -> None:
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "examples").mkdir()
+    (tmp_path / "examples" / "finetune.sh").write_text(
+        "trap 'echo rank $NODE_RANK saved > $SAVE/$NODE_RANK; exit 3' TERM\n"
+        "echo started\nfor i in {1..600}; do sleep 0.1; done\n"
+    )
+    hosts = {"HOSTS": "node0 node1", "REPOSITORY": str(tmp_path), "SAVE": str(tmp_path)}
+    script = subprocess.Popen(
+        ["bash", str(EXAMPLES / "multi_node.sh")],
+        env={**os.environ, **hosts, "REMOTE": command(tmp_path, "remote", REMOTE)},
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert [script.stdout.readline() for _ in range(2)] == ["started\n"] * 2
+    script.send_signal({"SIGINT": signal.SIGINT, "SIGTERM": signal.SIGTERM}.get(ending.split()[0], signal.SIGKILL))
+    assert script.stdout.read() == ""  # the far ends have ended
+    assert script.wait() == (-signal.SIGKILL if ending == "its death" else 3)
+    assert [(tmp_path / str(rank)).read_text() for rank in range(2)] == ["rank 0 saved\n", "rank 1 saved\n"]
 
 
 def test_slurm_runs_every_node(environment: dict[str, str], tmp_path: Path) -> None:
