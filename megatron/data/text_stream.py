@@ -28,11 +28,17 @@ class Decompressor(Protocol):
 
 @dataclass(frozen=True)
 class Compression:
-    """How files that start with `magic` are unpacked."""
+    """How files that start with one of `magics` are unpacked."""
 
     name: str
-    magic: bytes
+    magics: tuple[bytes, ...]
     new_member: Callable[[], Decompressor]
+
+
+# What `zstd --long=31` writes; memory is taken for the window that a file has, not for this.
+_ZSTANDARD_LARGEST_WINDOW = 1 << 31
+# A file may begin with a frame to be skipped: pzstd keeps the size of the next one there.
+_ZSTANDARD_MAGICS = (b"\x28\xb5\x2f\xfd", *(bytes([first]) + b"\x2a\x4d\x18" for first in range(0x50, 0x60)))
 
 
 def _zstandard_member() -> Decompressor:
@@ -40,14 +46,14 @@ def _zstandard_member() -> Decompressor:
         import zstandard
     except ImportError as error:
         raise ConfigError("files of type .zst need the package zstandard; run `pip install zstandard`.") from error
-    return zstandard.ZstdDecompressor().decompressobj()
+    return zstandard.ZstdDecompressor(max_window_size=_ZSTANDARD_LARGEST_WINDOW).decompressobj()
 
 
 COMPRESSIONS: Mapping[str, Compression] = {
-    ".gz": Compression("gzip", b"\x1f\x8b", lambda: zlib.decompressobj(wbits=31)),
-    ".zst": Compression("Zstandard", b"\x28\xb5\x2f\xfd", _zstandard_member),
-    ".bz2": Compression("bzip2", b"BZh", bz2.BZ2Decompressor),
-    ".xz": Compression("xz", b"\xfd7zXZ\0", lzma.LZMADecompressor),
+    ".gz": Compression("gzip", (b"\x1f\x8b",), lambda: zlib.decompressobj(wbits=31)),
+    ".zst": Compression("Zstandard", _ZSTANDARD_MAGICS, _zstandard_member),
+    ".bz2": Compression("bzip2", (b"BZh",), bz2.BZ2Decompressor),
+    ".xz": Compression("xz", (b"\xfd7zXZ\0",), lzma.LZMADecompressor),
 }
 
 
@@ -88,14 +94,14 @@ def base_suffix(path: Path) -> str:
 def _check_magic(path: Path, file: BinaryIO, compression: Compression | None) -> None:
     start = file.read(6)
     file.seek(0)
-    if compression is not None and not start.startswith(compression.magic):
+    if compression is not None and not start.startswith(compression.magics):
         raise DataError(
             f"{path}: is no {compression.name} file, its first bytes are {start!r}; copy it again, or give it the name "
             "of what it is."
         )
     if compression is None:
         for suffix, other in COMPRESSIONS.items():
-            if start.startswith(other.magic):
+            if start.startswith(other.magics):
                 raise DataError(f"{path}: holds {other.name} data; rename it to {path.name}{suffix}.")
 
 

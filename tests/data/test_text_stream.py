@@ -47,6 +47,27 @@ def test_members_one_after_another_are_one_text(tmp_path, suffix):
     assert TextStream(file).read() == TEXT
 
 
+@pytest.mark.parametrize("first_byte", [0x50, 0x5F])
+def test_frames_of_zstandard_that_hold_no_text_are_skipped_wherever_they_stand(tmp_path, first_byte):
+    skipped = bytes([first_byte]) + b"\x2a\x4d\x18\x04\0\0\0abcd"
+    one, two = COMPRESS[".zst"](TEXT[:100]), COMPRESS[".zst"](TEXT[100:])
+    for members in ([skipped, one, skipped, two], [one, skipped, skipped, two], [one, two, skipped]):
+        assert TextStream(_write(tmp_path, ".zst", b"".join(members))).read() == TEXT
+    with pytest.raises(DataError, match=r"a\.jsonl\.zst: ends at byte \d+ in the middle of its Zstandard data"):
+        TextStream(_write(tmp_path, ".zst", one + two + skipped[:-1])).read()
+    with pytest.raises(DataError, match=r"a\.jsonl: holds Zstandard data; rename it to a\.jsonl\.zst"):
+        TextStream(_write(tmp_path, "", skipped + one))
+
+
+def test_a_zstandard_window_larger_than_usual_is_read(tmp_path):
+    long = zstandard.ZstdCompressionParameters.from_level(1, window_log=28)  # usual is at most 27
+    packer = zstandard.ZstdCompressor(compression_params=long).compressobj()  # which does not know the text's size
+    file = _write(tmp_path, ".zst", packer.compress(TEXT) + packer.flush())
+    with pytest.raises(zstandard.ZstdError):
+        zstandard.ZstdDecompressor().decompressobj().decompress(file.read_bytes())
+    assert TextStream(file).read() == TEXT
+
+
 def test_the_position_in_the_file_grows_to_its_size(tmp_path, suffix):
     file = _write(tmp_path, suffix, COMPRESS[suffix](TEXT))
     done = [chunk.done_bytes for chunk in read_chunks([file], max_documents=500, max_bytes=1 << 16)]
