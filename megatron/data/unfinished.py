@@ -34,6 +34,7 @@ JOURNAL_VERSION = 1
 JOURNAL_INTERVAL_S = 15.0
 
 TOKENS, LENGTHS, BOUNDARIES = "tokens", "lengths", "boundaries"
+IDX = "idx"  # once all is written
 FILES = (TOKENS, LENGTHS, BOUNDARIES)
 
 # What flock says on file systems without locks (some NFS and Lustre mounts).
@@ -76,6 +77,7 @@ class UnfinishedDatasets:
         self._num_sequences: list[int] = []
         self._files: list[dict[str, IO[bytes]]] = []
         self._locks = contextlib.ExitStack()
+        self._is_naming = False
         self._syncing: Future[None] | None = None
         self._background = ThreadPoolExecutor(1)
 
@@ -109,6 +111,8 @@ class UnfinishedDatasets:
             sizes = [dict.fromkeys(FILES, 0)] * len(self._prefixes) if journal is None else journal.num_bytes
             for prefix, size in zip(self._prefixes, sizes, strict=True):
                 self.folder_of(prefix).mkdir(parents=True, exist_ok=True)
+                if journal is None:
+                    (self.folder_of(prefix) / IDX).unlink(missing_ok=True)  # of an earlier run: not of these tokens
                 self._files.append({name: _open_at(self.folder_of(prefix) / name, size[name]) for name in FILES})
                 self._num_sequences.append(size[LENGTHS] // 4)
         except OSError as error:
@@ -147,21 +151,16 @@ class UnfinishedDatasets:
                 for file in files.values():
                     file.flush()
                 _flush_and_sync([files[TOKENS]])  # of the others only what the index repeats is kept
-                with open(folder / "idx", "wb", buffering=1 << 20) as idx:
+                with open(folder / IDX, "wb", buffering=1 << 20) as idx:
                     _write_index(idx, folder, dtype)
                     _flush_and_sync([idx])
-            # From here on there is nothing to go on with: files move one by one.
-            self._forget()
-            # An earlier .idx must never stand beside a new .bin, nor an earlier dataset beside a new one: not even
-            # between two renames.
-            for prefix in self._prefixes:
-                Path(f"{prefix}.idx").unlink(missing_ok=True)
-            for prefix in reversed(self._prefixes):
-                os.replace(self.folder_of(prefix) / TOKENS, f"{prefix}.bin")
-                os.replace(self.folder_of(prefix) / "idx", f"{prefix}.idx")
-                sync_folder(prefix.parent)
+            self._forget()  # files move one by one from here on: there is nothing to go on with
         except OSError as error:
             raise self._cannot_write(error) from error
+        try:
+            self._give_names()
+        except OSError as error:
+            raise self._cannot_name(error) from error
 
     def __enter__(self) -> UnfinishedDatasets:
         try:
@@ -180,7 +179,7 @@ class UnfinishedDatasets:
         if (self.folder / "journal.json").exists():
             if self._files:
                 logger.warning("%s keeps what is done; the same command with --resume goes on from there.", self.folder)
-        elif self._files:
+        elif self._files and not self._is_naming:
             for prefix in self._prefixes:
                 shutil.rmtree(self.folder_of(prefix), ignore_errors=True)
         self._locks.close()
@@ -188,6 +187,24 @@ class UnfinishedDatasets:
     def _forget(self) -> None:
         """What was written before does not count any more."""
         (self.folder / "journal.json").unlink(missing_ok=True)
+
+    def _give_names(self) -> None:
+        """What cannot be moved is kept."""
+        self._is_naming = True
+        # An earlier .idx must never stand beside a new .bin, nor an earlier dataset beside a new one: not even between
+        # two renames.
+        for prefix in self._prefixes:
+            Path(f"{prefix}.idx").unlink(missing_ok=True)
+        for prefix in reversed(self._prefixes):
+            for file, name in self._names(prefix):
+                os.replace(file, name)
+            sync_folder(prefix.parent)
+        self._is_naming = False
+
+    def _names(self, prefix: Path) -> tuple[tuple[Path, Path], ...]:
+        """The finished files of a dataset and their names, in the order in which they get them."""
+        folder = self.folder_of(prefix)
+        return (folder / TOKENS, Path(f"{prefix}.bin")), (folder / IDX, Path(f"{prefix}.idx"))
 
     def _lock(self) -> None:
         """Takes the locks of all datasets, in an order on which all processes agree, or none of them."""
@@ -236,6 +253,16 @@ class UnfinishedDatasets:
         return DataError(
             f"{self._prefixes[0]}: cannot be written ({error.strerror}); what stood under this name is untouched. "
             f"Choose a folder that exists, is writable and has space."
+        )
+
+    def _cannot_name(self, error: OSError) -> DataError:
+        names = [pair for prefix in reversed(self._prefixes) for pair in self._names(prefix)]
+        left = [f"{file} to {name}" for file, name in names if file.exists()]
+        move = f"move, in this order, {', '.join(left)}; or " if left else ""
+        return DataError(
+            f"{error.filename2 or error.filename or self._prefixes[0]}: a finished file cannot get this name "
+            f"({error.strerror}), and a dataset that had it before may be gone. Nothing is lost of the new one: see to "
+            f"the cause and {move}run again."
         )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -263,6 +264,38 @@ def test_a_disk_that_fills_up_late_keeps_what_the_journal_says(tmp_path, corpus,
     preprocess_files([corpus], prefixes, tokenizer, RESUME)
     preprocess_files([corpus], {"text": tmp_path / "whole"}, tokenizer, CONFIG)
     assert (tmp_path / "out.bin").read_bytes() == (tmp_path / "whole.bin").read_bytes()
+
+
+@pytest.mark.parametrize("journal_interval_s", [0.0, float("inf")])
+def test_files_that_cannot_get_their_names_are_kept_and_the_error_says_where(tmp_path, journal_interval_s):
+    one, two = tmp_path / "one", tmp_path / "two"
+    for prefix in (one, two):
+        _write(prefix, value=1)
+    (tmp_path / "one.bin").unlink()
+    (tmp_path / "one.bin").mkdir()  # as a file that this user may not replace
+    with pytest.raises(DataError) as failed:
+        _write(one, two, value=2, journal_interval_s=journal_interval_s)
+    message = str(failed.value)
+    assert message.startswith(f"{one}.bin: a finished file cannot get this name (")
+    assert message.endswith(
+        f"see to the cause and move, in this order, {one}.unfinished/tokens to {one}.bin, "
+        f"{one}.unfinished/idx to {one}.idx; or run again."
+    )
+    assert IndexedDataset(two).tokens.tolist() == [2] * 40 and not (tmp_path / "one.idx").exists()
+    (tmp_path / "one.bin").rmdir()
+    for file, name in (("tokens", "bin"), ("idx", "idx")):
+        shutil.copyfile(tmp_path / "one.unfinished" / file, tmp_path / f"one.{name}")
+    assert IndexedDataset(one).tokens.tolist() == [2] * 40
+    _write(one, two, value=3)  # is not held up by what was kept
+    assert IndexedDataset(one).tokens.tolist() == IndexedDataset(two).tokens.tolist() == [3] * 40
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["one.bin", "one.idx", "two.bin", "two.idx"]
+
+
+def _write(*prefixes: Path, value: int, journal_interval_s: float = float("inf")) -> None:
+    with _unfinished(*prefixes, journal_interval_s=journal_interval_s) as datasets:
+        datasets.open(datasets.read_journal())
+        datasets.append([_documents(value)] * len(prefixes), dict)
+        datasets.finish()
 
 
 def test_text_tokenized_on_first_use_starts_from_nothing(tmp_path, corpus, tokenizer, interrupted):
