@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 from megatron.cli import ArgumentParser, run_main
@@ -14,6 +15,8 @@ def main(argv: list[str]) -> None:
     options = _parser().parse_args(argv)
     if options.workers < 1:
         raise ConfigError(f"--workers {options.workers} cannot do any work; give 1 or more threads.")
+    if not 0 < options.max_text_mb < math.inf:
+        raise ConfigError(f"--max_text_mb {options.max_text_mb:g} is not a size of text; give a positive number of MB.")
     output = Path(options.output)
     model_file = output if output.suffix == ".model" else output / "tokenizer.model"
     inputs = [Path(name) for name in options.input]

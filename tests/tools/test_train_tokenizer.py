@@ -56,6 +56,10 @@ def test_the_output_may_name_the_model_file(tmp_path, train):
         (("--input", "a.txt", "--vocabsize", "5"), ConfigError, r"did you mean --vocab_size\?"),
         (("--input", "a.txt", "--vocab_size", "0"), TokenizerError, "--vocab_size 0 has no room"),
         (("--input", "a.txt", "--workers", "0"), ConfigError, "--workers 0 cannot do any work"),
+        *(
+            (("--input", "a.txt", "--max_text_mb", mb), ConfigError, f"--max_text_mb {mb} is not a size of text; give")
+            for mb in ("nan", "inf", "0", "-1")
+        ),
     ],
 )
 def test_mistakes_are_explained_and_leave_nothing(tmp_path, monkeypatch, train, flags, error, message):
