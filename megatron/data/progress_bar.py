@@ -18,8 +18,9 @@ MAX_SHOWN_ERRORS = 20
 class ProgressBar:
     """Call it with every `Progress`; `close` leaves the last state on the screen.
 
-    Rates are those of this run: the first `Progress` is what an earlier one has done already. Where `stream` is no
-    terminal, a line is printed each time `log_interval` more documents are done.
+    Rates are those of this run: the first `Progress` is what an earlier one has done already. A run that starts again
+    is another one: what it did before counts neither as work nor as time. Where `stream` is no terminal, a line is
+    printed each time `log_interval` more documents are done.
     """
 
     def __init__(self, stream: TextIO, *, log_interval: int, clock: Callable[[], float] = time.monotonic):
@@ -33,7 +34,7 @@ class ProgressBar:
         self._latest = Progress()
 
     def __call__(self, progress: Progress) -> None:
-        if self._first is None:
+        if self._first is None or progress.num_bytes < self._latest.num_bytes:
             self._first, self._start_s = progress, self._clock()
             self._next_line = _num_seen(progress) + self._log_interval
         self._latest = progress
@@ -50,7 +51,7 @@ class ProgressBar:
 
     @property
     def elapsed_s(self) -> float:
-        """Since the first `Progress`: what came before is start-up."""
+        """Since the first `Progress`, or the one that went back: what came before is start-up."""
         return self._clock() - self._start_s
 
     def close(self) -> None:

@@ -40,6 +40,19 @@ def test_what_an_earlier_run_has_done_is_progress_but_no_rate():
     assert (bar.own.num_text_bytes, bar.elapsed_s) == (2, 2.0)
 
 
+def test_a_run_that_starts_again_counts_anew():
+    stream, clock = io.StringIO(), Clock()
+    bar = ProgressBar(stream, log_interval=5, clock=clock)
+    bar(Progress(num_bytes=90, total_bytes=100, num_text_bytes=90, num_documents=9, num_tokens=900))
+    clock.now_s = 50.0
+    bar(Progress(total_bytes=100))
+    clock.now_s = 52.0
+    bar(Progress(num_bytes=60, total_bytes=100, num_text_bytes=60, num_documents=6, num_tokens=600))
+    (line,) = stream.getvalue().splitlines()
+    assert line == " 60% of 0.0 MB | 0.00 MB/s | 6 documents, 3/s | 600 tokens, 300/s | ETA 0:00:01"
+    assert (bar.own.num_text_bytes, bar.elapsed_s) == (60, 2.0)
+
+
 def test_before_the_first_byte_no_time_is_guessed():
     assert describe(Progress(total_bytes=8), Progress(), elapsed_s=0.0).endswith("ETA -")
 
