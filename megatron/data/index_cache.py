@@ -8,12 +8,14 @@ the others on the same cache wait.
 
 import contextlib
 import errno
+import glob
 import hashlib
 import json
 import logging
 import math
 import os
 import shutil
+import time
 import uuid
 import zlib
 from collections.abc import Callable, Iterator, Mapping
@@ -32,6 +34,7 @@ Arrays = dict[str, np.ndarray]
 Append = Callable[[np.ndarray], object]
 
 _MANIFEST = "manifest.json"
+_LEFTOVER_AGE_S = 86400.0
 _CHECKSUM_CHUNK_BYTES = 1 << 22
 
 
@@ -88,7 +91,7 @@ def cached_entry(folder: Path, name: str, key: Key, write: Callable[[EntryWriter
             if arrays is None:
                 logger.info("building %s", entry)
                 if is_alone:
-                    _remove_leftovers(entry)
+                    remove_leftovers(entry)
                 _store(entry, key, write)
                 arrays = _load(entry, key)
     except OSError as error:
@@ -108,10 +111,20 @@ def _hash(key: Key) -> str:
     return hashlib.sha256(json.dumps(dict(key), sort_keys=True).encode()).hexdigest()[:24]
 
 
-def _remove_leftovers(entry: Path) -> None:
-    """Remove what processes that were killed while they built this entry have left."""
-    for leftover in entry.parent.glob(f"{entry.name}.*.tmp"):
-        shutil.rmtree(leftover, ignore_errors=True)
+def remove_leftovers(target: Path) -> None:
+    """Remove what processes that were killed while they made `target` have left in ``<target>.<any>.tmp<any>``.
+
+    A lock may hold within a node only, so what somebody may be working on stays: all that changed within a day.
+    """
+    oldest = time.time() - _LEFTOVER_AGE_S
+    for leftover in target.parent.glob(f"{glob.escape(target.name)}.*.tmp*"):
+        with contextlib.suppress(FileNotFoundError):  # its owner is done with it
+            if max(path.stat().st_mtime for path in (leftover, *leftover.rglob("*"))) > oldest:
+                continue
+            if leftover.is_dir():
+                shutil.rmtree(leftover, ignore_errors=True)
+            else:
+                leftover.unlink()
 
 
 def _store(entry: Path, key: Key, write: Callable[[EntryWriter], None]) -> None:
