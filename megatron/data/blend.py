@@ -31,7 +31,7 @@ from megatron.data.sample import Sample
 from megatron.data.source import check_vocabulary
 from megatron.errors import ConfigError, DataError
 
-_BLEND_CODE_VERSION = 1
+_BLEND_CODE_VERSION = 2
 _UNLIMITED = 2**62
 _NAME = re.compile(r"[A-Za-z]\w*")
 _PARTS = ("document_index", "sample_index", "shuffle_index")
@@ -157,6 +157,8 @@ class BlendedDataset:
         arrays = cached_entry(cache_path, "blend", key, lambda writer: _build(members, request, writer))
         self.dataset_index, self.position_index = arrays["dataset_index"], arrays["position_index"]
         self._tokens, self._shares = arrays["tokens"], arrays["shares"]
+        self.contents = tuple(row.tobytes().hex() for row in arrays["contents"])
+        """The fingerprint of each dataset's tokens, known without opening it."""
         self.datasets = tuple(
             GPTSamples(member.open, indices, request.sequence_length, bounds, fim and fim.of_dataset(number))
             for number, (member, indices) in enumerate(zip(members, _taken_apart(arrays), strict=True))
@@ -209,7 +211,14 @@ def _build(members: Sequence[Member], request: Request, writer: EntryWriter) -> 
         IndexRequest(indexed, chosen, count, request.sequence_length, request.seed) if count else None
         for indexed, chosen, count in zip(opened, documents, counts, strict=True)
     ]
-    small = {"dataset_index": dataset_index, "position_index": position_index, "tokens": tokens, "shares": shares}
+    contents = np.array([list(bytes.fromhex(indexed.fingerprint)) for indexed in opened], dtype=np.uint8)
+    small = {
+        "dataset_index": dataset_index,
+        "position_index": position_index,
+        "tokens": tokens,
+        "shares": shares,
+        "contents": contents,
+    }
     for name, array in small.items():
         writer.save(name, array)
     del small, dataset_index, position_index  # what follows is as large

@@ -137,6 +137,8 @@ class GPTDataset(GPTSamples):
         folder = cache_path if cache_path is not None else default_cache_path(indexed.prefix)
         indices = cached_entry(folder, "gpt", self._key, lambda writer: request.build(writer.save))
         super().__init__(lambda: indexed, indices, sequence_length, bounds, fim)
+        self.contents = (indexed.fingerprint,)
+        """Of the tokens, whatever their order: one for one dataset."""
 
     @property
     def fingerprint(self) -> str:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import hashlib
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -32,6 +33,7 @@ from megatron.training.instruct_datasets import InstructionSources, instruction_
 from megatron.training.pair_datasets import PairSources
 
 VALIDATION, TEST = "validation", "test"
+_TRAINING_DATA = "training_data"
 
 NamedData = Mapping[str, TrainingData]
 
@@ -40,9 +42,8 @@ NamedData = Mapping[str, TrainingData]
 class RunDatasets:
     """`validation` and `test` by the name they are logged under; empty where the run has none.
 
-    `num_samples` is how many of each were asked for. A checkpoint records it, because the order of training
-    samples depends on it; the datasets may have more, up to a whole epoch. `padding` is for samples that differ in
-    length. `about` tells more of the training data.
+    `num_samples` is how many of each were asked for; the datasets may have more, up to a whole epoch. `padding` is for
+    samples that differ in length. `about` tells more of the training data, `fingerprint` which it is.
     """
 
     train: TrainingData
@@ -51,6 +52,13 @@ class RunDatasets:
     num_samples: Mapping[str, int] = field(default_factory=dict)
     padding: Padding | None = None
     about: tuple[str, ...] = ()
+    fingerprint: int | None = None
+
+    @property
+    def record(self) -> Mapping[str, int]:
+        """What a checkpoint keeps, because the order of training samples depends on it."""
+        known = {} if self.fingerprint is None else {_TRAINING_DATA: self.fingerprint}
+        return {**self.num_samples, **known}
 
 
 def build_datasets(run: RunConfig, tokenizer: Tokenizer, start: Progress) -> RunDatasets:
@@ -67,23 +75,49 @@ def build_datasets(run: RunConfig, tokenizer: Tokenizer, start: Progress) -> Run
     wanted = (num_train, num_eval, num_eval)
     builder = _Builder(run, tokenizer)
     if data.data_path:
-        train, *evaluated = builder.cut(parse_blend("--data_path", data.data_path), wanted)
+        blend, share = parse_blend("--data_path", data.data_path), parse_split(data.split)[0]
+        train, *evaluated = builder.cut(blend, wanted)
         assert train is not None
         validation, test = (_named(name, part) for name, part in zip((VALIDATION, TEST), evaluated, strict=True))
     else:
-        train = builder.build(parse_blend("--train_data_path", data.train_data_path), num_train, is_training=True)
+        blend, share = parse_blend("--train_data_path", data.train_data_path), 1.0
+        train = builder.build(blend, num_train, is_training=True)
         validation = builder.named("--valid_data_path", data.valid_data_path, VALIDATION, num_eval)
         test = builder.named("--test_data_path", data.test_data_path, TEST, num_eval)
     padding = instruction_padding(run, tokenizer) if data.data_type == "instruction" else None
     num_samples = dict(zip(SPLIT_NAMES, wanted, strict=True))
-    return RunDatasets(train, validation, test, num_samples, padding, builder.instructions.about)
+    fingerprint = _fingerprint(run, builder.contents(blend, train), blend.weights, share)
+    return RunDatasets(train, validation, test, num_samples, padding, builder.instructions.about, fingerprint)
+
+
+def _fingerprint(run: RunConfig, contents: Sequence[str], weights: Sequence[float] | None, share: float) -> int:
+    """Of the training data: what is in it, not where it lies; 63 bits, which every reader of JSON integers can hold.
+
+    Neither the seed nor the length of the run, which a checkpoint records by themselves. Checkpoints hold it: another
+    way to compute it would make every run that is resumed look like one on other data.
+    """
+    data, is_blend = run.data, len(contents) > 1
+    facts = {
+        "kind": "bert" if run.model.bert_head else data.data_type,
+        "packing": data.packing,
+        "seq_length": data.seq_length,
+        "share": f"{share:.12g}",
+        "weights": [f"{weight / sum(weights):.12g}" for weight in weights] if weights and is_blend else None,
+        "contents": list(contents),
+    }
+    return int.from_bytes(hashlib.sha256(repr(facts).encode()).digest()[:8], "big") >> 1
 
 
 def describe_continuation(datasets: RunDatasets, recorded: Mapping[str, object]) -> str | None:
-    """What to tell a user whose run has another length than the one it continues; None if nothing changes.
+    """What to tell a user whose run has other data or another length than the one it continues; None if it has not.
 
-    `recorded` is the `num_samples` of the run that is continued.
+    `recorded` is the `record` of the run that is continued. Older runs have none of the data.
     """
+    if recorded.get(_TRAINING_DATA, datasets.fingerprint) != datasets.fingerprint:
+        return (
+            "the training data is not that of the checkpoint: its files, their weights, --split or --seq_length are "
+            "others; the order of the samples changes, so some of this epoch's may come twice and some not at all"
+        )
     before, now = recorded.get(SPLIT_NAMES[0]), datasets.num_samples[SPLIT_NAMES[0]]
     if not isinstance(before, int) or datasets.train.has_same_order_for(before):
         return None
@@ -196,6 +230,12 @@ class _Builder:
             max_epochs=max_epochs,
         )
         return BlendedDataset(members, request, self.bounds, cache_path, self.fim)
+
+    def contents(self, blend: Blend, train: TrainingData) -> tuple[str, ...]:
+        """The fingerprint of every source, computed already, or known to the cache."""
+        if isinstance(train, (GPTDataset, BlendedDataset)):
+            return train.contents
+        return tuple(self._member(path).open().fingerprint for path in blend.paths)
 
     def _count(self, path: str) -> int:
         """What --split cuts: documents, which are one sequence each but where sentences are."""

@@ -83,7 +83,7 @@ def _train(
         parts.data_parallel,
         optimizer,
         tokenizer=_keep_tokenizer(run, tokenizer, topology),
-        num_samples=datasets.num_samples,
+        num_samples=datasets.record,
         carried={} if source is None else carried_files(source),
         loaded=None if source is None else source.path,
     )

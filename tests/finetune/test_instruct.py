@@ -109,6 +109,11 @@ def test_a_blend_is_in_shares_and_its_order_does_not_depend_on_the_runs_length(d
     served = datasets.train.dataset_index  # type: ignore[attr-defined]
     assert np.count_nonzero(served == 1) == len(served) // 4
     assert describe_continuation(datasets, {"train": 8}) is None
+    assert describe_continuation(datasets, datasets.record) is None
+    on_one = build_datasets(
+        replace(run, data=replace(run.data, data_path=(str(data),))), NullTokenizer(VOCAB_SIZE), Progress()
+    )
+    assert "the training data is not that of the checkpoint" in str(describe_continuation(on_one, datasets.record))
 
 
 @pytest.mark.parametrize(

@@ -92,6 +92,46 @@ def test_a_longer_run_says_whether_the_order_changes(parts: list[Path]):
     assert text is not None and "was laid out for 4000 samples and this one for 40: the order" in text
 
 
+def blended(parts: list[Path], *blend: object, **flags: object) -> RunDatasets:
+    return built(config=config_file(parts, train_data_path=[str(value) for value in blend]), eval_iters=0, **flags)
+
+
+def test_a_run_on_other_data_than_its_checkpoints_says_so(parts: list[Path], tmp_path: Path):
+    a, b = parts
+    (tmp_path / "moved").mkdir()
+    for file in tmp_path.glob("a.*"):
+        (tmp_path / "moved" / file.name).write_bytes(file.read_bytes())
+    other = write(tmp_path / "other", 101)
+    record = blended(parts, 0.7, a, 0.3, b).record
+    assert set(record) == {"train", "valid", "test", "training_data"} and 0 <= record["training_data"] < 2**63
+    for same in (
+        blended(parts, 7, tmp_path / "moved" / "a", 3, b),
+        blended(parts, 0.7, a, 0.3, b, seed=9),
+        blended(parts, 0.7, a, 0.3, b),  # from the cache
+    ):
+        assert describe_continuation(same, record) is None
+    for changed in (
+        blended(parts, 0.7, other, 0.3, b),
+        blended(parts, 0.6, a, 0.4, b),
+        blended(parts, a, b),
+        blended(parts, 0.3, b, 0.7, a),
+        blended(parts, 0.7, a, 0.3, b, seq_length=8),
+        blended(parts, a),
+    ):
+        text = describe_continuation(changed, record)
+        assert text is not None and "the training data is not that of the checkpoint: its files, their weights" in text
+        assert describe_continuation(changed, {"valid": 0}) is None  # of an older program
+
+
+def test_one_dataset_is_the_same_data_however_it_is_named(parts: list[Path]):
+    record = blended(parts, parts[0]).record
+    for flags in ({}, {"max_epochs_per_dataset": 9}, {"fim_rate": 0}):
+        assert blended(parts, 5, parts[0], **flags).record == record
+    cut = built(data_path=parts[0], split="1,0,0", eval_iters=0)
+    assert cut.record == record
+    assert describe_continuation(built(data_path=parts[0]), record) is not None  # 97 of its 100 documents
+
+
 def test_several_sources_are_blended_and_several_validation_sets_keep_their_names(parts: list[Path]):
     run = small_run(
         vocab_size=VOCABULARY, data_path=False, seq_length=16, train_iters=10, eval_iters=2, global_batch_size=4,

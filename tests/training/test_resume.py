@@ -105,10 +105,13 @@ def test_a_resumed_run_may_have_another_batch_size(data, tmp_path):
     assert [line["consumed_samples"] for line in history(tmp_path)] == [*range(4, 49, 4), *range(49, 61)]
 
 
-def test_another_seed_is_told(data, tmp_path):
-    _, resumed = finetune_succeeds(
+def test_another_seed_and_other_data_are_told(data, tmp_path):
+    _, resumed, elsewhere = finetune_succeeds(
         1,
         command(data, save=tmp_path, train_iters=2, seed=5),
         command(data, save=tmp_path, load=tmp_path, train_iters=3, seed=6),
+        command(data, save=tmp_path, load=tmp_path, train_iters=4, seed=6, split="9,1"),
     )
     assert "note: --seed 6 is not the checkpoint's 5: samples come in another order" in resumed
+    assert "the training data is not" not in resumed and "note: --seed" not in elsewhere
+    assert "note: the training data is not that of the checkpoint: its files, their weights, --split" in elsewhere
