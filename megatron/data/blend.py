@@ -1,8 +1,12 @@
 """Several datasets served in shares: ``--data_path 0.7 web 0.3 code``, exact at every prefix.
 
-The order is Megatron-LM's: each time the dataset is served that is furthest behind its share. What is stored is one
-entry of the index cache for the whole blend, found again by the files' identities alone, so that a start with hundreds
-of datasets opens none of them; each is opened when its first sample is read.
+The rule is Megatron-LM's: each time the dataset is served that is furthest behind its share. So is the order inside a
+dataset that is planned for as many samples; the order of a blend may differ in places. Megatron-LM rounds the shares
+otherwise (it divides the weights by their sum twice), and plans each dataset for some more samples than its share
+(0.5 %, rounded up), which may be an epoch more; here each is planned for exactly the samples that it serves.
+
+What is stored is one entry of the index cache for the whole blend, found again by the files' identities alone, so that
+a start with hundreds of datasets opens none of them; each is opened when its first sample is read.
 """
 
 from __future__ import annotations
