@@ -33,8 +33,8 @@ def main(argv: list[str]) -> None:
         args.schedule, args.pipeline_model_parallel_size, args.num_microbatches, num_chunks=args.num_model_chunks
     )
     num_stages = schedule.placement.num_stages
-    forward = _time_per_stage("--forward_time", args.forward_time, num_stages)
-    backward = _time_per_stage("--backward_time", args.backward_time, num_stages)
+    forward = _time_per_stage("--forward_time", args.forward_time or [1.0], num_stages)
+    backward = _time_per_stage("--backward_time", args.backward_time or [2.0], num_stages)
     if not 0 <= args.communication_time < math.inf:
         raise ConfigError(f"--communication_time {args.communication_time:g} is not a time; give 0 or more.")
     stages = tuple(StageCosts(f, b / 2, b / 2) for f, b in zip(forward, backward, strict=True))
@@ -60,11 +60,9 @@ def _parser() -> ArgumentParser:
     parser.add_argument("--num_microbatches", type=int, required=True, help="micro-batches per step")
     parser.add_argument("--num_model_chunks", type=int, default=1, help="stages per rank, for interleaved")
     parser.add_argument(
-        "--forward_time", type=float, nargs="+", default=[1.0], metavar="TIME", help="of a stage; one, or one per stage"
+        "--forward_time", type=float, nargs="+", metavar="TIME", help="of a stage; one, or one per stage; default: 1"
     )
-    parser.add_argument(
-        "--backward_time", type=float, nargs="+", default=[2.0], metavar="TIME", help="likewise, backward"
-    )
+    parser.add_argument("--backward_time", type=float, nargs="+", metavar="TIME", help="likewise, backward; default: 2")
     parser.add_argument("--communication_time", type=float, default=0.0, metavar="TIME", help="from rank to rank")
     parser.add_argument("--format", choices=("text", "program", "png"), default="text", help="chart, actions, or image")
     parser.add_argument("--output", type=Path, default=Path("schedule.png"), help="file that --format png writes")

@@ -28,12 +28,13 @@ def main(argv: list[str]) -> None:
         )
     if options.log_interval < 1:
         raise ConfigError(f"--log_interval {options.log_interval} is not a number of documents; give 1 or more.")
-    if len(set(options.json_keys)) != len(options.json_keys):
-        raise ConfigError(f"--json_keys {' '.join(options.json_keys)} names a key twice; name every key once.")
+    keys = options.json_keys or ["text"]
+    if len(set(keys)) != len(keys):
+        raise ConfigError(f"--json_keys {' '.join(keys)} names a key twice; name every key once.")
     config = PreprocessConfig(**typed_fields(options, DOCUMENTS))  # type: ignore[arg-type]
     inputs = find_inputs(options.input)
     tokenizer = build_tokenizer(TokenizerConfig(**typed_fields(options, TOKENIZER)))  # type: ignore[arg-type]
-    prefixes = {key: Path(f"{options.output_prefix}_{key}_{config.level}") for key in options.json_keys}
+    prefixes = {key: Path(f"{options.output_prefix}_{key}_{config.level}") for key in keys}
 
     bar = ProgressBar(sys.stderr, log_interval=options.log_interval)
     backends: list[str] = []
@@ -72,9 +73,7 @@ def _parser() -> ArgumentParser:
         "both also .gz, .zst, .bz2, .xz; .parquet",
     )
     parser.add_argument("--output_prefix", required=True, metavar="PATH", help="start of the names of the output files")
-    parser.add_argument(
-        "--json_keys", nargs="+", default=["text"], metavar="KEY", help="keys, or columns, that hold text"
-    )
+    parser.add_argument("--json_keys", nargs="+", metavar="KEY", help="keys, or columns, that hold text; default: text")
     parser.add_argument(
         "--log_interval", type=int, default=10_000, help="documents between lines where no bar is shown"
     )

@@ -70,3 +70,11 @@ def test_an_image_is_written_where_it_was_asked_for(main, tmp_path, capsys):
 def test_values_that_cannot_be_drawn_are_refused(main, flags, message):
     with pytest.raises(ConfigError, match=message):
         main([*SIZES, *flags])
+
+
+def test_help_shows_default_times_as_they_are_typed(main, capsys):
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert "one per stage; default: 1 --backward_time" in text
+    assert "likewise, backward; default: 2 --communication_time" in text

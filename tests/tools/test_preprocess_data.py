@@ -160,3 +160,10 @@ def test_the_command_ends_an_error_in_one_line_with_status_2(tmp_path, corpus, m
     assert result.returncode == 2
     assert result.stderr.startswith(f"DataError: {corpus}:4: not JSON")
     assert result.stderr.count("\n") == 1
+
+
+def test_help_shows_the_default_key_as_it_is_typed(preprocess, capsys):
+    with pytest.raises(SystemExit):
+        preprocess("--help")
+    text = " ".join(capsys.readouterr().out.split())
+    assert "keys, or columns, that hold text; default: text --log_interval" in text
