@@ -149,7 +149,10 @@ class _Unpacked(io.RawIOBase):
                 )
             return packed
         rest = self._member.unused_data or self._file.read(READ_BYTES)
-        if rest.strip(b"\0"):  # padding may follow the last member
-            self._member = self._compression.new_member()
-            return rest
+        while rest:
+            packed = rest.lstrip(b"\0")  # padding may follow a member
+            if packed:
+                self._member = self._compression.new_member()
+                return packed
+            rest = self._file.read(READ_BYTES)
         return b""

@@ -47,6 +47,12 @@ def test_members_one_after_another_are_one_text(tmp_path, suffix):
     assert TextStream(file).read() == TEXT
 
 
+@pytest.mark.parametrize("num_zeros", [4, 200_000])
+def test_zeros_after_a_member_are_no_end_of_the_text(tmp_path, suffix, num_zeros):
+    one, two = COMPRESS[suffix](TEXT[:100]), COMPRESS[suffix](TEXT[100:])
+    assert TextStream(_write(tmp_path, suffix, one + bytes(num_zeros) + two + bytes(num_zeros))).read() == TEXT
+
+
 @pytest.mark.parametrize("first_byte", [0x50, 0x5F])
 def test_frames_of_zstandard_that_hold_no_text_are_skipped_wherever_they_stand(tmp_path, first_byte):
     skipped = bytes([first_byte]) + b"\x2a\x4d\x18\x04\0\0\0abcd"
