@@ -16,7 +16,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from megatron.checkpoint.agreement import gather_to_first, on_every_rank, on_first_rank
-from megatron.checkpoint.locate import STAGING_PREFIX, TRACKER_FILE, iteration_folder, replaced_folder
+from megatron.checkpoint.locate import STAGING_PREFIX, TRACKER_FILE, is_foreign, iteration_folder, replaced_folder
 from megatron.checkpoint.manifest import Entry, Manifest, write_manifest
 from megatron.checkpoint.ownership import owned
 from megatron.checkpoint.source import CheckpointInfo
@@ -44,13 +44,14 @@ def commit(
     is about what this rank will write. With `is_owned` the caller holds `root` already (`owned`). Every rank
     returns, or every rank raises CheckpointError with the causes of the ranks that failed.
     """
+    final = iteration_folder(root, info.state.iteration)
     with ExitStack() as lock:
         needs = gather_to_first(world, num_bytes)
-        staging = on_first_rank(world, lambda: _prepare(root, sum(needs), None if is_owned else lock))
+        staging = on_first_rank(world, lambda: _prepare(final, sum(needs), None if is_owned else lock))
         try:
             files = on_every_rank(world, lambda: _write_into(staging, write))
             gathered = gather_to_first(world, (files, set(expected)))
-            return on_first_rank(world, lambda: _publish(root, staging, info, gathered))
+            return on_first_rank(world, lambda: _publish(final, staging, info, gathered))
         except BaseException:
             if world.is_first:  # a stub on a full disk would only be in the way
                 shutil.rmtree(staging, ignore_errors=True)
@@ -97,10 +98,16 @@ def sweep(root: Path) -> None:
             old.rename(current)
 
 
-def _prepare(root: Path, num_bytes: int, lock: ExitStack | None) -> Path:
+def _prepare(final: Path, num_bytes: int, lock: ExitStack | None) -> Path:
+    root = final.parent
     check_save_folder(root)
     if lock is not None:
         lock.enter_context(owned(root))
+    if is_foreign(final):
+        raise CheckpointError(
+            f"{final} exists and is no checkpoint of this program, so it is not replaced; "
+            "move it away, or save to another folder."
+        )
     sweep(root)
     check_room(root, num_bytes)
     staging = root / f"{STAGING_PREFIX}{uuid.uuid4().hex}"
@@ -117,7 +124,7 @@ def _write_into(staging: Path, write: Callable[[Path], list[WrittenFile]]) -> li
 
 
 def _publish(
-    root: Path, staging: Path, info: CheckpointInfo, gathered: Iterable[tuple[list[WrittenFile], set[str]]]
+    final: Path, staging: Path, info: CheckpointInfo, gathered: Iterable[tuple[list[WrittenFile], set[str]]]
 ) -> Path:
     files = [file for written, _ in gathered for file in written]
     entries = _merge(files)
@@ -133,13 +140,12 @@ def _publish(
     manifest.check_tiling()
     write_manifest(staging, manifest)
     sync_folder(staging)
-    final = iteration_folder(root, info.state.iteration)
     replaced = replaced_folder(final)
     if final.exists():
         final.rename(replaced)
     staging.rename(final)
-    sync_folder(root)
-    _write_tracker(root, info.state.iteration)
+    sync_folder(final.parent)
+    _write_tracker(final.parent, info.state.iteration)
     shutil.rmtree(replaced, ignore_errors=True)
     return final
 

@@ -13,6 +13,7 @@ TRACKER_FILE = "latest_checkpointed_iteration.txt"
 STAGING_PREFIX = ".tmp-"
 
 _ITERATION_NAME = re.compile(r"iter_(\d{7,})")
+_SHARD_NAME = re.compile(r"rank_\d{5,}\.safetensors")
 _REPLACED = ".replaced"
 
 
@@ -47,6 +48,14 @@ def complete_folder(root: Path, iteration: int) -> Path | None:
     folder = iteration_folder(root, iteration)
     candidates = (folder, replaced_folder(folder))  # the latter alone after a crash between two renames
     return next((candidate for candidate in candidates if (candidate / MANIFEST_FILE).exists()), None)
+
+
+def is_foreign(folder: Path) -> bool:
+    """Whether something lies at `folder` that no save has made: other than a checkpoint, or what is left of one."""
+    if not folder.is_dir():
+        return folder.exists()
+    is_checkpoint = (folder / MANIFEST_FILE).exists()
+    return not is_checkpoint and not all(_SHARD_NAME.fullmatch(entry.name) for entry in folder.iterdir())
 
 
 def read_tracker(root: Path) -> int:

@@ -60,6 +60,28 @@ def test_saving_an_iteration_again_replaces_it(tmp_path: Path) -> None:
     assert names_in(tmp_path) == {TRACKER_FILE, "iter_0000010"}
 
 
+@pytest.mark.parametrize("kind", ["tree of another program", "file"])
+def test_what_another_program_made_is_not_replaced(tmp_path: Path, kind: str) -> None:
+    final = foreign = tmp_path / "iter_0000010"
+    if kind != "file":
+        foreign = final / "mp_rank_00" / "model_optim_rng.pt"
+        foreign.parent.mkdir(parents=True)
+    foreign.write_bytes(b"weights")
+    with pytest.raises(CheckpointError, match=r"iter_0000010 exists and is no checkpoint of this program.*; move it"):
+        save_from_one_process(tmp_path, ParallelLayout(), info=at(10))
+    assert names_in(tmp_path) == {"iter_0000010"} and foreign.read_bytes() == b"weights"
+
+
+@pytest.mark.parametrize("left", [(), ("rank_00000.safetensors",)], ids=str)
+def test_what_is_left_of_a_lost_checkpoint_is_replaced(tmp_path: Path, left: tuple[str, ...]) -> None:
+    """A run that fell back behind it comes to its iteration again, and must get past it."""
+    folder = save_from_one_process(tmp_path, ParallelLayout(), info=at(10))
+    for file in folder.iterdir():
+        if file.name not in left:
+            file.unlink()
+    assert NativeSource(save_from_one_process(tmp_path, ParallelLayout(), info=at(10))).names()
+
+
 def test_a_crash_between_the_two_renames_loses_nothing(tmp_path: Path) -> None:
     """The old version lies aside, the new one is still hidden: the old one is found, and the next save puts it back."""
     folder = save_from_one_process(tmp_path, ParallelLayout(), info=at(10))
