@@ -11,6 +11,7 @@ import shutil
 import sys
 import types
 import zipfile
+from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
@@ -28,13 +29,15 @@ from legacy_trees import (
     Spelling,
     Weights,
     random_weights,
+    recorded_args,
     write_tree,
 )
 from megatron.checkpoint import open_source
 from megatron.checkpoint.legacy import LegacySource, mapped
+from megatron.checkpoint.legacy.arguments import Recorded
 from megatron.checkpoint.source import Source
 from megatron.errors import CheckpointError
-from megatron.model.config import ModelConfig
+from megatron.model.config import ModelConfig, RopeScaling
 from megatron.tokenizer.config import TokenizerConfig
 
 MODELS = {
@@ -146,6 +149,12 @@ def lm_arguments(model: ModelConfig, **others: Any) -> dict[str, Any]:
     }
 
 
+def model_of(args: dict[str, Any]) -> ModelConfig:
+    """What a tree of LLAMA with these arguments besides is taken for."""
+    recorded = Namespace(**{**recorded_args(LLAMA, Spelling()), **args})
+    return Recorded(recorded, 3.0, Path("tree")).model_config({"lm_head"}, LLAMA.vocab_size)
+
+
 @pytest.mark.parametrize("names", ["trainer", "megatron_core"])
 @pytest.mark.parametrize("model", [LLAMA, GPT], ids=["llama", "gpt"])
 def test_megatron_lm_stores_the_gate_first_and_rotates_halves(tmp_path, model, names):
@@ -167,6 +176,77 @@ def test_megatron_lm_may_rotate_pairs(tmp_path):
     assert model.rope_scaling is not None
     assert (model.rope_scaling.type, model.rope_scaling.factor) == ("linear", 4.0)
     assert_holds(source, weights)
+
+
+LM_SCALINGS: dict[str, tuple[dict[str, Any], RopeScaling | None]] = {
+    "the default factor without the flag": ({"rope_scaling_factor": 8.0}, None),
+    "the flag is off": ({"use_rope_scaling": False, "rope_scaling_factor": 8.0}, None),
+    "off, and linear": (
+        {"use_rope_scaling": False, "rope_scaling_factor": 8.0, "rotary_seq_len_interpolation_factor": 2},
+        RopeScaling("linear", 2.0),
+    ),
+    "the flag is on": (
+        {"use_rope_scaling": True, "rope_scaling_factor": 32.0},
+        RopeScaling("llama3", 32.0, 1.0, 4.0, 8192),
+    ),
+    "on, before the factor was an argument": ({"use_rope_scaling": True}, RopeScaling("llama3", 8.0, 1.0, 4.0, 8192)),
+}
+
+
+@pytest.mark.parametrize("args, expected", LM_SCALINGS.values(), ids=LM_SCALINGS)
+def test_megatron_lm_scales_as_llama_3_does_where_its_flag_says_so(args, expected):
+    model = model_of(lm_arguments(LLAMA, **args))
+    assert model.rope_scaling == expected
+
+
+def test_megatron_llm_scales_linearly_by_its_factor():
+    assert model_of({"rope_scaling_factor": 4.0}).rope_scaling == RopeScaling("linear", 4.0)
+    assert model_of({"rope_scaling_factor": 1.0}).rope_scaling is None
+
+
+def test_a_window_without_an_end_is_none():
+    assert model_of(lm_arguments(LLAMA, window_size=(-1, 0))).sliding_window_size is None
+
+
+def test_norms_around_one_have_two_names():
+    assert model_of(lm_arguments(LLAMA, layernorm_zero_centered_gamma=True)).apply_layernorm_1p
+
+
+def test_two_scalings_at_once_are_refused():
+    with pytest.raises(CheckpointError, match="interpolation_factor 2.0 and use_rope_scaling, which together are not"):
+        model_of(lm_arguments(LLAMA, use_rope_scaling=True, rotary_seq_len_interpolation_factor=2))
+
+
+@pytest.mark.parametrize(
+    "name, value",
+    [
+        ("no_rope_freq", 4),
+        ("no_rope_freq", [0, 0, 0, 1]),
+        ("rope_type", "yarn"),
+        ("mrope_section", [1, 1, 1]),
+        ("window_attn_skip_freq", 2),
+        ("softmax_type", "off-by-one"),
+        ("softmax_scale", 0.5),
+        ("qk_l2_norm", True),
+        ("attention_output_gate", True),
+        ("quick_geglu", True),
+        ("activation_func_clamp_value", 7.0),
+        ("glu_linear_offset", 1.0),
+        ("use_mup", True),
+        ("heterogeneous_layers_config_path", "layers.json"),
+        ("heterogeneous_layers_config_encoded_json", "{}"),
+    ],
+)
+def test_an_argument_that_changes_the_function_is_refused(name, value):
+    with pytest.raises(
+        CheckpointError, match=re.escape(f"the model was trained with {name} {value!r}, which is not supported")
+    ):
+        model_of(lm_arguments(LLAMA, **{name: value}))
+
+
+def test_the_defaults_of_arguments_that_change_the_function_are_read():
+    defaults = {"no_rope_freq": None, "softmax_type": "vanilla", "glu_linear_offset": 0.0, "quick_geglu": False}
+    assert model_of(lm_arguments(LLAMA, qk_l2_norm=False, rope_type="rope", **defaults)) == LLAMA
 
 
 def test_the_first_trees_of_megatron_llm_are_read_when_their_order_is_given(tmp_path):

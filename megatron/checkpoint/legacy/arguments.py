@@ -40,6 +40,20 @@ _SUPPORTED: Mapping[str, tuple[object, ...]] = {
     "multi_query_attention": (False, None),
     "normalization": ("LayerNorm", "RMSNorm", None),
     "add_position_embedding": (True, False, None),
+    "no_rope_freq": (None, 0),
+    "rope_type": ("rope", None),
+    "mrope_section": (None, []),
+    "window_attn_skip_freq": (None, 0),
+    "softmax_type": ("vanilla", None),
+    "softmax_scale": (None,),
+    "qk_l2_norm": (False, None),
+    "attention_output_gate": (False, None),
+    "quick_geglu": (False, None),
+    "activation_func_clamp_value": (None,),
+    "glu_linear_offset": (0.0, None),
+    "use_mup": (False, None),
+    "heterogeneous_layers_config_path": (None,),
+    "heterogeneous_layers_config_encoded_json": (None,),
 }
 # Only Megatron-LM has these arguments, only Megatron-LLM those.
 _LM_ARGUMENTS: Final = ("swiglu", "normalization", "untie_embeddings_and_output_weights", "rotary_percent")
@@ -138,7 +152,9 @@ class Recorded:
         return {
             "use_rms_norm": self._value("normalization") == "RMSNorm" or bool(self._value("use_rms_norm", False)),
             "layernorm_epsilon": float(self._value("layernorm_epsilon") or self._value("norm_epsilon", 1e-5)),
-            "apply_layernorm_1p": bool(self._value("apply_layernorm_1p", False)),
+            "apply_layernorm_1p": bool(
+                self._value("apply_layernorm_1p") or self._value("layernorm_zero_centered_gamma", False)
+            ),
             "glu_activation": glu,
             "mlp_activation": "gelu_tanh" if approximates and glu is None else "gelu",
             "parallel_attn": bool(self._value("parallel_attn", False)),
@@ -161,17 +177,37 @@ class Recorded:
             )
         # The first versions with rotary positions had a flag of its own for them.
         is_rotary = _POSITIONS[recorded] == "rotary" or bool(self._value("use_rotary_position_embeddings", False))
-        factor = self._value("rope_scaling_factor") or self._value("rotary_seq_len_interpolation_factor") or 1.0
         return {
             "position_embedding_type": "rotary" if is_rotary else "absolute",
             "rope_theta": float(self._value("rope_theta") or self._value("rotary_base", 10000.0)),
-            "rope_scaling": RopeScaling("linear", float(factor)) if factor != 1.0 else None,
+            "rope_scaling": self._rope_scaling(),
         }
 
+    def _rope_scaling(self) -> RopeScaling | None:
+        """Both programs have rope_scaling_factor: Megatron-LM for Llama 3's scaling, if a flag of its own asks for it.
+
+        Its linear scaling has another name.
+        """
+        interpolation = float(self._value("rotary_seq_len_interpolation_factor", 1.0))
+        if not self.is_megatron_lm:
+            factor = float(self._value("rope_scaling_factor", interpolation))
+            return RopeScaling("linear", factor) if factor != 1.0 else None
+        if not self._value("use_rope_scaling", False):
+            return RopeScaling("linear", interpolation) if interpolation != 1.0 else None
+        if interpolation != 1.0:
+            raise CheckpointError(
+                f"{self.where}: the model was trained with rotary_seq_len_interpolation_factor {interpolation} and "
+                "use_rope_scaling, which together are not supported."
+            )
+        # The other constants are no arguments of the program, but those of Llama 3.1 in its code.
+        return RopeScaling("llama3", float(self._value("rope_scaling_factor", 8.0)), 1.0, 4.0, 8192)
+
     def _window(self) -> int | None:
-        """Megatron-LM counts the positions to the left, Megatron-LLM the token's own as well."""
+        """Megatron-LM counts the positions to the left, -1 for all; Megatron-LLM the token's own as well."""
         window = self._value("window_size")
-        return window[0] + 1 if isinstance(window, tuple | list) else self._value("sliding_window_size")
+        if not isinstance(window, tuple | list):
+            return self._value("sliding_window_size")
+        return None if window[0] == -1 else window[0] + 1
 
     def _is_tied(self, keys: Collection[str]) -> bool:
         if hasattr(self.args, "untie_embeddings_and_output_weights"):
