@@ -7,7 +7,6 @@ die unseen, and what is written does not depend on their number.
 from __future__ import annotations
 
 import logging
-import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass
@@ -110,11 +109,10 @@ def preprocess_files(
 def tokenize_file(file: Path, prefix: Path, tokenizer: Tokenizer, *, json_key: str = "text", workers: int = 1) -> None:
     """Tokenizes one text file for pre-training: every document ends with eod where the tokenizer has one.
 
-    What an interrupted run left is removed; the caller sees to it that nobody else writes to `prefix`.
+    An interrupted run is not continued: the caller gives a `prefix` of its own to each.
     """
-    shutil.rmtree(UnfinishedDatasets.folder_of(prefix), ignore_errors=True)
     config = PreprocessConfig(append_eod=tokenizer.eod is not None, workers=workers)
-    preprocess_files([file], {json_key: prefix}, tokenizer, config)
+    preprocess_files([file], {json_key: prefix}, tokenizer, config, journal_interval_s=float("inf"))
 
 
 @dataclass(frozen=True)

@@ -3,14 +3,17 @@
 import hashlib
 import logging
 import os
+import uuid
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 
 from megatron.data.file_lock import exclusive
+from megatron.data.index_cache import remove_leftovers
 from megatron.data.indexed import IndexedDataset, default_cache_path
 from megatron.data.object_store import ObjectStore, is_remote
+from megatron.durable import sync_folder
 from megatron.errors import DataError
 
 logger = logging.getLogger(__name__)
@@ -71,13 +74,31 @@ def _tokenize_once(file: Path, prefix: Path, tokenize_file: TokenizeFile) -> Ind
             if finished is not None:
                 return finished
             logger.info("tokenizing %s once into %s.bin and .idx", file, prefix)
-            tokenize_file(file, prefix)
+            remove_leftovers(prefix)
+            return _tokenize_aside(file, prefix, tokenize_file)
     except OSError as error:
         raise DataError(
             f"{prefix.parent}: the tokenized {file.name} cannot be cached here ({error.strerror}); give a writable "
             f"folder with space as --data_cache_path."
         ) from error
-    return IndexedDataset(prefix)
+
+
+def _tokenize_aside(file: Path, prefix: Path, tokenize_file: TokenizeFile) -> IndexedDataset:
+    """Under a name of its own: where locks hold within a node only, other nodes do the same at once."""
+    aside = prefix.with_name(f"{prefix.name}.{uuid.uuid4().hex}.tmp")
+    try:
+        tokenize_file(file, aside)
+        finished = _open_intact(prefix)
+        if finished is not None:
+            return finished
+        # Whoever does this beside us moves the same bytes, so any mixture of the two pairs is right.
+        for suffix in (".bin", ".idx"):
+            os.replace(f"{aside}{suffix}", f"{prefix}{suffix}")
+        sync_folder(prefix.parent)
+        return IndexedDataset(prefix)
+    finally:
+        for suffix in (".bin", ".idx"):
+            Path(f"{aside}{suffix}").unlink(missing_ok=True)
 
 
 def _open_intact(prefix: Path) -> IndexedDataset | None:

@@ -1,5 +1,6 @@
 """--data_path opens a dataset or tokenizes a text once, and ids outside the vocabulary are found at start."""
 
+import fcntl
 import logging
 import multiprocessing
 import os
@@ -92,6 +93,39 @@ def test_one_process_tokenizes_while_the_others_wait(text: Path):
         process.join(60)
     assert [process.exitcode for process in processes] == [0, 0, 0]
     assert count.value == 1
+
+
+def test_where_locks_hold_within_a_node_only_two_nodes_may_tokenize_at_once(
+    text: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(fcntl, "flock", lambda *_: None)
+    others: list[IndexedDataset] = []
+
+    def tokenize_while_the_other_node_does(file: Path, prefix: Path) -> None:
+        with IndexedDatasetWriter(prefix, np.uint16) as writer:
+            writer.add_document([97, 98])
+            others.append(open_data(text, tokenize_file=tokenize_bytes))
+            writer.add_document([99])
+
+    ours = open_data(text, tokenize_file=tokenize_while_the_other_node_does)
+    assert ours.prefix == others[0].prefix
+    assert ours.tokens.tolist() == others[0].tokens.tolist() == [97, 98, 99]
+    assert sorted(path.suffix for path in Path(ours.prefix).parent.iterdir()) == [".bin", ".idx", ".lock"]
+
+
+def test_what_a_killed_process_left_goes_once_nobody_can_be_working_on_it(text: Path):
+    prefix = open_data(text, tokenize_file=tokenize_bytes).prefix
+    old, young = (Path(f"{prefix}.{name}.tmp.unfinished") for name in ("old", "young"))
+    for folder in (old, young):
+        folder.mkdir()
+        (folder / "tokens").write_bytes(b"")
+    old_file = Path(f"{prefix}.old.tmp.bin")
+    old_file.write_bytes(b"")
+    for path in (old / "tokens", old, old_file):
+        os.utime(path, (0, 0))
+    os.truncate(f"{prefix}.bin", 1)
+    open_data(text, tokenize_file=tokenize_bytes)
+    assert young.exists() and not old.exists() and not old_file.exists()
 
 
 def test_an_error_of_the_tokenizer_reaches_the_user_and_leaves_no_dataset(text: Path):

@@ -21,7 +21,7 @@ import zstandard
 from megatron.data import unfinished
 from megatron.data.encoding import EncodedTexts
 from megatron.data.indexed import IndexedDataset
-from megatron.data.preprocess import Listeners, Progress, preprocess_files, tokenize_file
+from megatron.data.preprocess import Listeners, Progress, preprocess_files
 from megatron.data.preprocess_config import PreprocessConfig
 from megatron.data.unfinished import UnfinishedDatasets
 from megatron.errors import ConfigError, DataError
@@ -296,10 +296,3 @@ def _write(*prefixes: Path, value: int, journal_interval_s: float = float("inf")
         datasets.open(datasets.read_journal())
         datasets.append([_documents(value)] * len(prefixes), dict)
         datasets.finish()
-
-
-def test_text_tokenized_on_first_use_starts_from_nothing(tmp_path, corpus, tokenizer, interrupted):
-    tokenize_file(corpus, tmp_path / "out", tokenizer)
-    preprocess_files([corpus], {"text": tmp_path / "whole"}, tokenizer, CONFIG)
-    assert (tmp_path / "out.bin").read_bytes() == (tmp_path / "whole.bin").read_bytes()
-    assert not interrupted.exists()
