@@ -15,7 +15,9 @@ import torch
 
 from megatron.checkpoint.commit import check_room, check_save_folder, commit
 from megatron.checkpoint.hf import carried_files
+from megatron.checkpoint.locate import iteration_folder, list_folders
 from megatron.checkpoint.manager import file_name
+from megatron.checkpoint.ownership import owned
 from megatron.checkpoint.placement import regions_of_rank
 from megatron.checkpoint.plan import Rectangle
 from megatron.checkpoint.source import MODEL, CheckpointInfo, RunState, Source, TokenizerIdentity
@@ -95,19 +97,32 @@ def reshard(
 
     `model_name` is recorded if the source records none. `on_bytes` hears of bytes when they have been written. A
     tokenizer that lies with the source is copied to ``root/tokenizer``. The files do not depend on `num_workers`.
+    Raises CheckpointError if `root` has that iteration already, or belongs to another process.
     """
     source = plan.source
-    check_save_folder(root)
-    check_room(root, plan.num_bytes)
     state = source.state() or RunState(iteration=0, config=carried_files(source))
     name = source.model_name() or model_name
-    with _tokenizer_carried(source, root) as tokenizer:
-        return commit(
-            root,
-            CheckpointInfo(state, source.model_config(), name, tokenizer),
-            lambda folder: write_files(source, folder, plan.files, num_workers=num_workers, on_bytes=on_bytes),
-            Axis("world"),
-            expected=source.names(),
+    check_save_folder(root)
+    check_room(root, plan.num_bytes)
+    with owned(root):
+        _check_new(root, state.iteration)
+        with _tokenizer_carried(source, root) as tokenizer:
+            return commit(
+                root,
+                CheckpointInfo(state, source.model_config(), name, tokenizer),
+                lambda folder: write_files(source, folder, plan.files, num_workers=num_workers, on_bytes=on_bytes),
+                Axis("world"),
+                expected=source.names(),
+                is_owned=True,
+            )
+
+
+def _check_new(root: Path, iteration: int) -> None:
+    """A run replaces an iteration of its own when it comes to it again; a conversion would replace somebody else's."""
+    if iteration in list_folders(root):
+        raise CheckpointError(
+            f"{iteration_folder(root, iteration)} exists, and a conversion replaces nothing; "
+            "choose another folder to save to, or move that one away."
         )
 
 

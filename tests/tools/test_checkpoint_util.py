@@ -238,11 +238,12 @@ def test_a_smaller_vocabulary_keeps_the_first_rows(tmp_path: Path, rewrite: Rewr
     assert all(torch.equal(after[name], before[name][: len(after[name])]) for name in before)
 
 
-def test_a_checkpoint_may_be_rewritten_in_place(tmp_path: Path, rewrite: Rewrite) -> None:
+def test_an_iteration_that_is_there_already_is_not_replaced(tmp_path: Path, rewrite: Rewrite) -> None:
     write_checkpoint(tmp_path / "run")
     before = entries(tmp_path / "run")
-    rewrite(tmp_path / "run", tmp_path / "run", tp=2)
-    assert len(list((tmp_path / "run" / "iter_0000007").glob("rank_*"))) == 2
+    with pytest.raises(CheckpointError, match=r"run/iter_0000007 exists, and a conversion replaces nothing; choose an"):
+        rewrite(tmp_path / "run", tmp_path / "run", tp=2)
+    assert len(list((tmp_path / "run" / "iter_0000007").glob("rank_*"))) == 1
     assert_same(entries(tmp_path / "run"), before)
 
 
