@@ -154,15 +154,32 @@ def _spelled(family: Family, model: ModelConfig) -> dict[str, Any]:
 
 def _updated(family: Family, original: Mapping[str, Any], model: ModelConfig) -> dict[str, Any]:
     """`original`, changed only where it says something else than `model`."""
-    before, now = _spelled(family_of(original), model_config_from_hf(original)), _spelled(family, model)
-    changed = {key: value for key, value in now.items() if key not in before or value != before[key]}
-    result = dict(original)
+    now = _spelled(family, model)
+    result = _with_keys(family, original, now, _otherwise(now, original))
+    # A key that is absent follows from others, and has to be written where one of those changed: the context before
+    # its scaling is that of the model, the number of key/value heads that of the query heads.
+    return _with_keys(family, result, now, _otherwise(now, result))
+
+
+def _otherwise(now: Mapping[str, Any], config: Mapping[str, Any]) -> set[str]:
+    """The keys of `now` that `config` does not mean, whether it has them or not."""
+    try:
+        said = _spelled(family_of(config), model_config_from_hf(config))
+    except CheckpointError:  # sizes of which one follows from another that changed: nothing goes without saying
+        return set(now)
+    return {key for key, value in now.items() if key not in said or value != said[key]}
+
+
+def _with_keys(family: Family, config: Mapping[str, Any], now: Mapping[str, Any], changed: set[str]) -> dict[str, Any]:
+    """`config` with the keys of `now` that `changed` names, and without other spellings of them."""
+    superseded = {key.alias for key in family.keys if key.key in changed}
     for keys in (ROPE_KEYS, WINDOW_KEYS):
-        if changed.keys() & set(keys):
+        if changed & set(keys):
             # They may stand in one dictionary, and which of two spellings counts depends on the reader.
-            result = {key: value for key, value in result.items() if key not in keys}
-            changed |= {key: now[key] for key in keys if key in now}
-    return {**result, **changed}
+            superseded |= set(keys)
+            changed = changed | (now.keys() & set(keys))
+    kept = {key: value for key, value in config.items() if key not in superseded}
+    return {**kept, **{key: value for key, value in now.items() if key in changed}}
 
 
 def _expressing_table(tables: Sequence[Family], model: ModelConfig, model_name: str | None) -> Family:

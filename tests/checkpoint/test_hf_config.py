@@ -8,6 +8,7 @@ import json
 import pytest
 import torch
 from transformers import AutoConfig, LlamaConfig
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from hf_folders import LLAMA3_ROPE, SIZES, VARIANTS
 from megatron.checkpoint.hf_config import hf_config, model_config_from_hf
@@ -249,6 +250,41 @@ def test_a_changed_model_changes_the_original_only_where_it_says_something_else(
     expected = {**original, "tie_word_embeddings": model.tie_embed_logits, "vocab_size": model.vocab_size}
     expected["max_position_embeddings"] = model.max_position_embeddings
     assert {k: v for k, v in written.items() if k not in rope} == {k: v for k, v in expected.items() if k not in rope}
+
+
+@pytest.mark.parametrize("spelling", ["rope_scaling", "rope_parameters"])
+def test_what_followed_from_a_key_that_changed_is_written_out(spelling):
+    """Without an original context the scaling is of the model's own, which a longer context must not move."""
+    rope = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    original = {**LLAMA, spelling: rope}
+    longer = dataclasses.replace(model_config_from_hf(original), max_position_embeddings=128)
+    written = hf_config(longer, original)
+    assert longer.rope_scaling.original_max_position_embeddings == 64
+    assert model_config_from_hf(written) == longer
+    assert model_config_from_hf(as_transformers_5_writes_it(written)) == longer
+
+
+def test_numbers_of_heads_that_followed_from_another_are_written_out():
+    """8 key/value heads of 6 for 8 heads; for 16 heads, 16 of 3 would follow, and for 32, nothing that is whole."""
+    sparse = {key: value for key, value in LLAMA.items() if key not in ("num_key_value_heads", "head_dim")}
+    original = {**sparse, "hidden_size": 48, "num_attention_heads": 8}
+    for num_heads in (16, 32):
+        model = dataclasses.replace(model_config_from_hf(original), num_attention_heads=num_heads)
+        written = hf_config(model, original)
+        assert model_config_from_hf(written) == model
+        assert (written["num_key_value_heads"], written["head_dim"]) == (8, 6)
+
+
+def test_an_original_context_beside_the_dictionary_counts_as_in_a_model_of_transformers():
+    """What its config says at first is no measure: the model moves the outer number into the dictionary."""
+    rope = {**LLAMA3_ROPE, "original_max_position_embeddings": 16}
+    config = {**LLAMA, "rope_scaling": rope, "original_max_position_embeddings": 32}
+    theirs = LlamaRotaryEmbedding(LlamaConfig(**json.loads(json.dumps(config)))).inv_freq
+    ours = model_config_from_hf(config)
+    for context in (16, 32):
+        alone = {**LLAMA, "rope_scaling": {**rope, "original_max_position_embeddings": context}}
+        frequencies = LlamaRotaryEmbedding(LlamaConfig(**alone)).inv_freq
+        assert torch.equal(theirs, frequencies) == (ours == model_config_from_hf(alone)) == (context == 32)
 
 
 def test_training_settings_that_the_format_lacks_do_not_hinder_an_export():

@@ -210,6 +210,17 @@ def test_names_that_transformers_takes_for_another_are_read():
     assert model_config_from_hf(spelled) == model_config_from_hf(GPT2)
 
 
+def test_a_key_that_changes_leaves_no_other_name_of_it_behind():
+    """transformers takes the other name where both are there."""
+    spelled = {**without(GPT2, "n_positions"), "max_position_embeddings": 1024}
+    longer = dataclasses.replace(model_config_from_hf(spelled), max_position_embeddings=2048)
+    assert hf_config(longer, spelled) == {**GPT2, "n_positions": 2048}
+    assert AutoConfig.for_model(**hf_config(longer, spelled)).n_positions == 2048
+    named = {**without(FALCON_7B, "hidden_size"), "n_embed": 4544}
+    narrow = dataclasses.replace(model_config_from_hf(named), hidden_size=2272, num_attention_heads=71, kv_channels=32)
+    assert AutoConfig.for_model(**hf_config(narrow, named)).hidden_size == 2272
+
+
 @pytest.mark.parametrize(
     ("config", "changes", "window"),
     [
