@@ -38,7 +38,7 @@ class Compression:
 # What `zstd --long=31` writes; memory is taken for the window that a file has, not for this.
 _ZSTANDARD_LARGEST_WINDOW = 1 << 31
 # A file may begin with a frame to be skipped: pzstd keeps the size of the next one there.
-_ZSTANDARD_MAGICS = (b"\x28\xb5\x2f\xfd", *(bytes([first]) + b"\x2a\x4d\x18" for first in range(0x50, 0x60)))
+_ZSTANDARD_MAGICS = tuple(magic.to_bytes(4, "little") for magic in (0xFD2FB528, *range(0x184D2A50, 0x184D2A60)))
 
 
 def _zstandard_member() -> Decompressor:
