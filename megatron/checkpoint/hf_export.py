@@ -25,6 +25,7 @@ from megatron.checkpoint.hf import CARRIED_FILES, CONFIG_FILE, carried_files
 from megatron.checkpoint.hf_config import family_of, hf_config
 from megatron.checkpoint.hf_files import INDEX_FILE, WEIGHTS_FILE
 from megatron.checkpoint.hf_tensors import StoredTensor, stored_tensors
+from megatron.checkpoint.locate import EXPORT_PREFIX
 from megatron.checkpoint.placement import logical_shapes
 from megatron.checkpoint.source import MODEL, Source
 from megatron.errors import CheckpointError, ConfigError
@@ -145,7 +146,7 @@ def write_hf_folder(
     not exist, as before.
     """
     check_output_folder(folder)
-    staging = folder.with_name(f".tmp-{folder.name}-{uuid.uuid4().hex}")
+    staging = folder.with_name(f"{EXPORT_PREFIX}{folder.name}-{uuid.uuid4().hex}")
     try:
         staging.mkdir(parents=True)
         file_names = _write_shards(source, shards, staging, on_bytes)

@@ -11,6 +11,8 @@ from megatron.errors import CheckpointError
 TRACKER_FILE = "latest_checkpointed_iteration.txt"
 # What a save or a removal leaves under such a name is swept by the next save.
 STAGING_PREFIX = ".tmp-"
+# An export belongs to no run: it may lie, and be written, in the folder that a run saves to.
+EXPORT_PREFIX = ".export-"
 
 _ITERATION_NAME = re.compile(r"iter_(\d{7,})")
 _SHARD_NAME = re.compile(r"rank_\d{5,}\.safetensors")

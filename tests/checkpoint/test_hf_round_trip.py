@@ -15,6 +15,7 @@ from transformers import LlamaForCausalLM
 
 from hf_folders import VARIANTS, loaded_config, save_llama, stored_tensors
 from megatron.checkpoint import hf_export
+from megatron.checkpoint.commit import sweep
 from megatron.checkpoint.fused_qkv import RowRun
 from megatron.checkpoint.hf import HuggingFaceSource, carried_files
 from megatron.checkpoint.hf_export import (
@@ -271,6 +272,16 @@ def test_an_export_that_fails_leaves_nothing(tmp_path):
     with pytest.raises(CheckpointError, match=r"cannot be written \(No such file or directory\); choose a folder"):
         to_hf(HuggingFaceSource(original), tmp_path / "back", other_files={"tokenizer.json": tmp_path / "absent"})
     assert sorted(path.name for path in tmp_path.iterdir()) == ["hf"]
+
+
+def test_a_run_that_sweeps_its_folder_meanwhile_does_not_take_the_export_away(tmp_path):
+    original = save_llama(tmp_path / "hf")
+    source = HuggingFaceSource(original)
+    export = plan_export(source)
+    shards = split_by_number(export.tensors, 2)
+    write_hf_folder(source, export, shards, tmp_path / "back", other_files={}, on_bytes=lambda _: sweep(tmp_path))
+    assert_same_tensors(stored_tensors(tmp_path / "back"), stored_tensors(original))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["back", "hf"]
 
 
 def test_an_import_that_fails_leaves_no_checkpoint(tmp_path, monkeypatch):
