@@ -10,6 +10,7 @@ from pathlib import Path
 
 from megatron.checkpoint.opening import is_checkpoint, open_source
 from megatron.checkpoint.source import Source
+from megatron.checkpoint.tokenizer_source import check_tokenizer
 from megatron.cli import run_and_leave
 from megatron.config import TypedFlags, checkpoint_arguments, parse_run, resolve, resolve_tokenizer
 from megatron.core.topology import launch_environment
@@ -32,6 +33,8 @@ def main(argv: list[str]) -> None:
     else:
         vocab_size = source.model_config().vocab_size
         tokenizer = fit_to_vocabulary(tokenizer_config, vocab_size)
+        is_named = any(typed.section("tokenizer").get(name) for name in ("tokenizer_model", "vocab_file"))
+        check_tokenizer(source, tokenizer, tokenizer_config.path, is_named=is_named)
     run = resolve(typed, launch.world_size, checkpoint=arguments, tokenizer_vocab_size=vocab_size)
     train(run, tokenizer, source)
 

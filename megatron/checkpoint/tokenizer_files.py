@@ -10,8 +10,8 @@ from typing import Final
 from megatron.checkpoint.source import TokenizerIdentity
 from megatron.errors import CheckpointError
 from megatron.tokenizer.gpt2 import MERGES_FILE, VOCAB_FILE
-from megatron.tokenizer.protocol import file_sha256
-from megatron.tokenizer.tiktoken import is_ranks_file
+from megatron.tokenizer.protocol import Tokenizer, file_sha256
+from megatron.tokenizer.tiktoken import TikTokenizer, is_ranks_file
 
 TOKENIZER_FOLDER: Final = "tokenizer"
 
@@ -65,6 +65,15 @@ def identity_of(folder: Path) -> TokenizerIdentity | None:
         kind = "TikTokenizer" if is_ranks_file(file) else "SentencePieceTokenizer"
         return TokenizerIdentity(kind, str(file.absolute()), file_sha256(file))
     return None
+
+
+def is_recorded(recorded: TokenizerIdentity, tokenizer: Tokenizer, path: Path) -> bool:
+    """Whether `tokenizer`, loaded from `path`, has the hash that was recorded."""
+    if recorded.sha256 == tokenizer.identity.file_sha256:
+        return True
+    # TikTokenizer hashes its encoding too, which nobody knew who recorded a file of ranks without loading it.
+    file = path / SENTENCEPIECE_FILE if path.is_dir() else path
+    return tokenizer.name == TikTokenizer.name and recorded.sha256 == file_sha256(file)
 
 
 def first_identity(folders: Iterable[Path]) -> TokenizerIdentity | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
@@ -12,10 +13,15 @@ from megatron.checkpoint.tokenizer_files import (
     SENTENCEPIECE_FILE,
     TOKENIZER_FOLDER,
     holds_tokenizer,
+    is_recorded,
     tokenizer_files,
 )
+from megatron.errors import CheckpointError
 from megatron.tokenizer.config import TokenizerConfig
 from megatron.tokenizer.huggingface import HuggingFaceTokenizer
+from megatron.tokenizer.protocol import Tokenizer
+
+logger = logging.getLogger(__name__)
 
 # The fields that decide which ids there are beside those of the files.
 ADDITIONS: Final = ("vocab_extra_ids", "vocab_extra_ids_list", "no_new_tokens")
@@ -50,6 +56,28 @@ def tokenizer_of(
     if merge_file is not None:
         kept["merge_file"] = str(merge_file)
     return TokenizerConfig(**{**kept, "tokenizer_model": str(found), **(additions or {})})
+
+
+def check_tokenizer(source: Source, tokenizer: Tokenizer, path: str | None, *, is_named: bool) -> None:
+    """Compares `tokenizer`, loaded from `path`, with the one whose ids the rows of `source` stand for.
+
+    Another one in the place of the recorded is a CheckpointError; one that the user named (`is_named`), unless it is
+    the copy beside the checkpoint, is taken with a warning. The hash comes from loading the tokenizer: no file is read
+    for it again.
+    """
+    recorded, sha256 = source.tokenizer(), tokenizer.identity.file_sha256
+    if recorded is None or recorded.sha256 is None or sha256 is None or path is None:
+        return
+    if is_recorded(recorded, tokenizer, Path(path)):
+        return
+    beside = (source.path.parent / TOKENIZER_FOLDER).resolve()
+    is_copy = beside in (Path(path).resolve(), *Path(path).resolve().parents)
+    what = f"{path} is not the tokenizer of {source.path}: its SHA-256 is {sha256}, the recorded one {recorded.sha256}"
+    if is_copy or not is_named:
+        raise CheckpointError(f"{what}. Restore its files, or name the right tokenizer with --tokenizer_model.")
+    # Weights that were only converted came with files of several kinds, of which one was recorded.
+    if recorded.tokenizer_type == tokenizer.name or _recorded(source):
+        logger.warning("%s. It is used as named; the same ids must stand for the same tokens.", what)
 
 
 def files_beside(source: Source) -> dict[str, Path]:

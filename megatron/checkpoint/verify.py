@@ -7,10 +7,11 @@ files are read to the end, and every tensor of the model must be there.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from megatron.checkpoint.locate import (
     TRACKER_FILE,
@@ -26,9 +27,10 @@ from megatron.checkpoint.manifest import MANIFEST_FILE, FileRecord, Manifest, re
 from megatron.checkpoint.plan import Rectangle
 from megatron.checkpoint.show import format_bytes
 from megatron.checkpoint.source import Source, row_chunks
-from megatron.checkpoint.tokenizer_files import TOKENIZER_FOLDER, identity_of
+from megatron.checkpoint.tokenizer_files import TOKENIZER_FOLDER, identity_of, is_recorded
 from megatron.checkpoint.verified_file import VerifiedFile
-from megatron.errors import CheckpointError
+from megatron.errors import CheckpointError, MegatronError
+from megatron.tokenizer import TokenizerConfig, build_tokenizer
 
 
 @dataclass(frozen=True)
@@ -155,12 +157,23 @@ def _remarks_on_name(folder: Path, manifest: Manifest) -> list[str]:
 
 def _tokenizer_damage(folder: Path, manifest: Manifest) -> list[str]:
     """The tokenizer beside a checkpoint must be the one its embedding was trained with."""
-    recorded, held = manifest.info.tokenizer, identity_of(folder.parent / TOKENIZER_FOLDER)
-    if recorded is None or held is None or recorded.sha256 is None or recorded.tokenizer_type != held.tokenizer_type:
+    recorded, beside = manifest.info.tokenizer, folder.parent / TOKENIZER_FOLDER
+    if recorded is None or recorded.sha256 is None or not beside.is_dir():
         return []
-    if recorded.sha256 == held.sha256:
+    held = identity_of(beside)
+    if held is not None and (held.tokenizer_type, held.sha256) == (recorded.tokenizer_type, recorded.sha256):
+        return []
+    # Which files count, and what else does, each type knows for itself.
+    section = manifest.info.state.config.get("tokenizer")
+    encoding: Any = section.get("tiktoken_encoding") if isinstance(section, Mapping) else None
+    config = TokenizerConfig(recorded.tokenizer_type, str(beside), tiktoken_encoding=encoding, no_new_tokens=True)
+    try:
+        tokenizer = build_tokenizer(config)
+    except MegatronError as error:
+        return [f"{beside} cannot be loaded as the {recorded.tokenizer_type} of {folder.name}: {error}"]
+    if is_recorded(recorded, tokenizer, beside):
         return []
     return [
-        f"{held.tokenizer_model} is not the tokenizer of {folder.name}: its SHA-256 is {held.sha256}, that in the "
-        f"manifest {recorded.sha256}. Restore the file, or load with the right one as --tokenizer_model."
+        f"{beside} is not the tokenizer of {folder.name}: its SHA-256 is {tokenizer.identity.file_sha256}, that in "
+        f"the manifest {recorded.sha256}. Restore its files, or load with the right one as --tokenizer_model."
     ]

@@ -8,17 +8,14 @@ from pathlib import Path
 
 import pytest
 
-from checkpoint_samples import INFO, save_from_one_process, whole_tensors
+from checkpoint_samples import save_from_one_process, whole_tensors
 from hf_folders import save_llama
 from megatron.checkpoint.hf import HuggingFaceSource
 from megatron.checkpoint.locate import TRACKER_FILE
 from megatron.checkpoint.manifest import MANIFEST_FILE
-from megatron.checkpoint.source import CheckpointInfo, TokenizerIdentity
-from megatron.checkpoint.tokenizer_files import TOKENIZER_FOLDER
 from megatron.checkpoint.verify import Findings, folders_to_verify, verify_iteration, verify_source, verify_tracker
 from megatron.core.layout import ParallelLayout
 from megatron.errors import CheckpointError
-from megatron.tokenizer.protocol import file_sha256
 
 LAYOUT = ParallelLayout(tp=2, pp=2)
 NUM_FLIPS = 50
@@ -139,20 +136,6 @@ def test_every_missing_file_is_named_and_a_foreign_one_is_remarked_on(folder: Pa
     found = verify(folder)
     assert [f"rank_{rank:05d}.safetensors cannot be opened" in m for rank, m in zip((0, 3), found.damage, strict=True)]
     assert found.remarks == (f"{folder / 'notes.txt'} is not part of the checkpoint",)
-
-
-def test_another_tokenizer_beside_the_checkpoint_is_found(tmp_path: Path) -> None:
-    tokenizer = tmp_path / TOKENIZER_FOLDER / "tokenizer.model"
-    tokenizer.parent.mkdir()
-    tokenizer.write_bytes(b"pieces")
-    identity = TokenizerIdentity("SentencePieceTokenizer", str(tokenizer), file_sha256(tokenizer))
-    folder = save_from_one_process(
-        tmp_path, ParallelLayout(), info=CheckpointInfo(INFO.state, INFO.model, None, identity)
-    )
-    assert verify(folder).damage == ()
-    tokenizer.write_bytes(b"Pieces")
-    (message,) = verify(folder).damage
-    assert message.startswith(f"{tokenizer} is not the tokenizer of iter_0000010: its SHA-256 is ")
 
 
 def test_all_bytes_are_reported_for_any_number_of_workers(folder: Path) -> None:
