@@ -78,14 +78,25 @@ def check_data(run: RunConfig) -> None:
             "--data_path is missing, and there is nothing to train on; give the prefix of a .bin/.idx pair, or a "
             ".jsonl or .txt file."
         )
-    parse_split(data.split)
+    _check_split(data)
     if run.model.bert_head:
         check_pairs(run)
     else:
         check_no_pairs(run)
+        check_fill_in_middle(run)
     if data.train_data_path and not data.valid_data_path and eval_iters:
         raise ConfigError(
             f"--eval_iters {eval_iters} has no validation data to read; give --valid_data_path, or --eval_iters 0."
+        )
+
+
+def _check_split(data: DataConfig) -> None:
+    """It can be read, and nobody asks for a cut in vain; all for training is what data of its own is."""
+    shares = parse_split(data.split)
+    if data.train_data_path and shares not in (parse_split(DataConfig.split), (1.0, 0.0, 0.0)):
+        raise ConfigError(
+            f"--split {data.split} cuts --data_path, and --train_data_path is taken whole; drop --split, or give "
+            "--data_path alone."
         )
 
 
@@ -97,6 +108,8 @@ def check_pairs(run: RunConfig) -> None:
         "--reset_position_ids": data.reset_position_ids,
         "--reset_attention_mask": data.reset_attention_mask,
         "--eod_mask_loss": data.eod_mask_loss,
+        f"--fim_rate {data.fim_rate:g}": data.fim_rate != 0,
+        **_ways_to_fill_in(data),
     }
     wrong = [flag for flag, is_given in flags.items() if is_given]
     if wrong:
@@ -114,3 +127,20 @@ def check_no_pairs(run: RunConfig) -> None:
         value = getattr(run.data, name)
         if value != getattr(DataConfig, name):
             raise ConfigError(f"--{name} {value:g} is about a BERT's samples; give --model_name bert, or drop it.")
+
+
+def check_fill_in_middle(run: RunConfig) -> None:
+    """Nobody says how documents are rearranged where none is."""
+    wrong = [flag for flag, is_given in _ways_to_fill_in(run.data).items() if is_given]
+    if wrong and not run.data.fim_rate:
+        raise ConfigError(
+            f"{wrong[0]} says how documents are rearranged, and without --fim_rate none is; give --fim_rate 0.5, say, "
+            "or drop it."
+        )
+
+
+def _ways_to_fill_in(data: DataConfig) -> dict[str, bool]:
+    return {
+        f"--fim_tokens {' '.join(data.fim_tokens)}": bool(data.fim_tokens),
+        f"--fim_spm_rate {data.fim_spm_rate:g}": data.fim_spm_rate != DataConfig.fim_spm_rate,
+    }

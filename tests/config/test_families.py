@@ -77,6 +77,8 @@ def test_a_window_of_nothing_is_refused_with_the_flag_that_asks_for_it() -> None
             "--reset_attention_mask is about other samples: a BERT trains on pairs of texts; drop it.",
         ),
         ("--eod_mask_loss", "--eod_mask_loss is about other samples: a BERT trains on pairs of texts; drop it."),
+        ("--fim_rate=0.5", "--fim_rate 0.5 is about other samples: a BERT trains on pairs of texts; drop it."),
+        ("--fim_spm_rate=0.4", "--fim_spm_rate 0.4 is about other samples: a BERT trains on pairs of texts; drop it."),
         (
             "--seq_length=4",
             "--seq_length 4 has no room: a BERT trains on pairs of texts, at least one token of each beside [CLS] and "
@@ -89,6 +91,20 @@ def test_a_bert_refuses_what_is_about_other_samples(flag: str, message: str) -> 
         resolved(*SIZES, "--model_name=bert", flag)
     assert str(caught.value) == message
     resolved(*SIZES, "--model_name=bert", "--seq_length=5", "--mask_prob=0.2", "--short_seq_prob=0")
+
+
+@pytest.mark.parametrize(
+    ("flags", "what"),
+    [(["--fim_tokens", "<a>", "<b>", "<c>"], "--fim_tokens <a> <b> <c>"), (["--fim_spm_rate=0"], "--fim_spm_rate 0")],
+)
+def test_ways_to_fill_in_the_middle_need_middles(flags: list[str], what: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        resolved(*SIZES, *flags)
+    assert str(caught.value) == (
+        f"{what} says how documents are rearranged, and without --fim_rate none is; give --fim_rate 0.5, say, "
+        "or drop it."
+    )
+    resolved(*SIZES, "--fim_rate=0.5", *flags)
 
 
 @pytest.mark.parametrize("flag", ["mask_prob", "short_seq_prob"])

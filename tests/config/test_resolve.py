@@ -311,6 +311,11 @@ BAD_RUNS = [
     ),
     (
         1,
+        {"eval_iters": 0, "data_path": False, "train_data_path": "a", "split": "9,1"},
+        "--split 9,1 cuts --data_path, and --train_data_path is taken whole; drop --split, or give --data_path alone.",
+    ),
+    (
+        1,
         {"eval_iters": 5, "data_path": False, "train_data_path": "a"},
         "--eval_iters 5 has no validation data to read; give --valid_data_path, or --eval_iters 0.",
     ),
@@ -403,6 +408,11 @@ def test_a_run_that_cannot_be_says_why_and_what_to_do(world_size, more, expected
     with pytest.raises(ConfigError) as caught:
         small_run(world_size, **more)
     assert str(caught.value) == expected
+
+
+@pytest.mark.parametrize("split", ["969, 30, 1", "1,0,0"])
+def test_a_split_that_cuts_nothing_may_stand_beside_training_data_of_its_own(split):
+    assert small_run(data_path=False, train_data_path="a", split=split, eval_iters=0).data.train_data_path == ("a",)
 
 
 def test_a_vocabulary_that_nothing_tells_is_asked_for():
