@@ -37,8 +37,11 @@ class Compression:
 
 # What `zstd --long=31` writes; memory is taken for the window that a file has, not for this.
 _ZSTANDARD_LARGEST_WINDOW = 1 << 31
-# A file may begin with a frame to be skipped: pzstd keeps the size of the next one there.
-_ZSTANDARD_MAGICS = tuple(magic.to_bytes(4, "little") for magic in (0xFD2FB528, *range(0x184D2A50, 0x184D2A60)))
+
+
+def _zstandard_magics() -> tuple[bytes, ...]:
+    """Of a frame with data, and of one to be skipped, in which pzstd keeps the size of the next."""
+    return tuple(magic.to_bytes(4, "little") for magic in (0xFD2FB528, *range(0x184D2A50, 0x184D2A60)))
 
 
 def _zstandard_member() -> Decompressor:
@@ -51,7 +54,7 @@ def _zstandard_member() -> Decompressor:
 
 COMPRESSIONS: Mapping[str, Compression] = {
     ".gz": Compression("gzip", (b"\x1f\x8b",), lambda: zlib.decompressobj(wbits=31)),
-    ".zst": Compression("Zstandard", _ZSTANDARD_MAGICS, _zstandard_member),
+    ".zst": Compression("Zstandard", _zstandard_magics(), _zstandard_member),
     ".bz2": Compression("bzip2", (b"BZh",), bz2.BZ2Decompressor),
     ".xz": Compression("xz", (b"\xfd7zXZ\0",), lzma.LZMADecompressor),
 }
