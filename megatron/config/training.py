@@ -8,6 +8,8 @@ from typing import Literal
 from megatron.errors import ConfigError
 from megatron.model.presets import MODEL_NAMES
 
+_LARGEST_SEED = 2**32 - 1
+
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingConfig:
@@ -65,6 +67,11 @@ class TrainingConfig:
         ):
             if number is not None and number < least:
                 raise ConfigError(f"{flag} {number} is too small; use {least} or more.")
+        if self.seed > _LARGEST_SEED:
+            raise ConfigError(
+                f"--seed {self.seed} is too large for NumPy's generators, which shuffle the data; use 0 to "
+                f"{_LARGEST_SEED}."
+            )
         if not self.distributed_timeout_minutes > 0:
             raise ConfigError(
                 f"--distributed_timeout_minutes {self.distributed_timeout_minutes} is no time to wait; use 10, say."

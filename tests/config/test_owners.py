@@ -103,6 +103,10 @@ def test_data_that_contradicts_itself(values, expected):
         ({"global_batch_size": 0}, "--global_batch_size 0 is too small; use 1 or more."),
         ({"make_vocab_size_divisible_by": 0}, "--make_vocab_size_divisible_by 0 is too small; use 1 or more."),
         ({"seed": -1}, "--seed -1 is too small; use 0 or more."),
+        (
+            {"seed": 2**32},
+            "--seed 4294967296 is too large for NumPy's generators, which shuffle the data; use 0 to 4294967295.",
+        ),
         ({"eval_interval": 0}, "--eval_interval 0 is too small; use 1 or more."),
         ({"eval_iters": -1}, "--eval_iters -1 is too small; use 0 or more."),
         ({"exit_interval": 0}, "--exit_interval 0 is too small; use 1 or more."),
