@@ -36,6 +36,7 @@ from megatron.checkpoint import open_source
 from megatron.checkpoint.legacy import LegacySource, mapped
 from megatron.checkpoint.legacy.arguments import Recorded
 from megatron.checkpoint.source import Source
+from megatron.checkpoint.verify import verify_source
 from megatron.errors import CheckpointError
 from megatron.model.config import ModelConfig, RopeScaling
 from megatron.tokenizer.config import TokenizerConfig
@@ -492,6 +493,88 @@ def test_a_tree_that_is_not_whole_is_named_with_what_is_wrong(tmp_path, damage, 
     with pytest.raises(CheckpointError, match=re.escape(message)) as raised:
         open_source(tmp_path)
     assert str(tmp_path) in str(raised.value)
+
+
+ANOTHER_CHECKPOINT: dict[str, tuple[Any, str]] = {
+    "another iteration": (lambda s: s.update(iteration=200), "iteration 200, not 100"),
+    "another version": (lambda s: s.update(checkpoint_version=2.0), "checkpoint_version 2.0, not 3.0"),
+    "another model": (
+        lambda s: s["args"].__dict__.update(rope_theta=1.0, layernorm_epsilon=0.5),
+        "layernorm_epsilon 0.5, not 1e-05; rope_theta 1.0, not 70000.0",
+    ),
+    "another moment": (
+        lambda s: s["args"].__dict__.update(consumed_train_samples=12800),
+        "consumed_train_samples 12800, not 6400",
+    ),
+    "other ranks": (
+        lambda s: s["args"].__dict__.update(tensor_model_parallel_size=4),
+        "tensor_model_parallel_size 4, not 2",
+    ),
+}
+
+
+@pytest.mark.parametrize("change, difference", ANOTHER_CHECKPOINT.values(), ids=ANOTHER_CHECKPOINT)
+def test_files_of_two_checkpoints_are_no_tree(tmp_path, change, difference):
+    write_tree(tmp_path, LLAMA, random_weights(LLAMA), Spelling(tp=2, pp=2))
+    edit(rank_file(tmp_path, "mp_rank_01_001"), change)
+    with pytest.raises(CheckpointError, match=re.escape(f"it has {difference}. Copy the whole")) as raised:
+        open_source(tmp_path)
+    first, other = rank_file(tmp_path), rank_file(tmp_path, "mp_rank_01_001")
+    assert str(raised.value).startswith(f"{other} is not of the same checkpoint as {first}")
+
+
+def test_the_rank_that_is_missing_may_be_the_first(tmp_path):
+    write_tree(tmp_path, LLAMA, random_weights(LLAMA), Spelling(tp=2))
+    shutil.rmtree(tmp_path / "iter_0000100" / "mp_rank_00")
+    with pytest.raises(CheckpointError, match="and mp_rank_00 is missing"):
+        open_source(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "key, name",
+    [
+        ("final_layernorm.weight", "final_norm.weight"),
+        ("layers.1.self_attention.dense.bias", "layers.3.attention.output.bias"),
+    ],
+)
+def test_copies_on_tensor_ranks_that_differ_are_found_when_they_are_read(tmp_path, key, name):
+    weights = random_weights(GPT)
+    write_tree(tmp_path, GPT, weights, Spelling(tp=2, pp=2))
+    edit(rank_file(tmp_path, "mp_rank_01_001"), lambda s: encoder(s)[key][7:8].add_(1))
+    source = LegacySource(tmp_path)
+    assert torch.equal(source.read(f"model.{name}", (0,), (7,)), weights[name][:7])
+    with pytest.raises(CheckpointError, match=f"{key} in mp_rank_01_001 differs from encoder.{key} in mp_rank_00_001"):
+        source.read(f"model.{name}", (5,), (6,))
+    damage = verify_source(source, on_bytes=lambda _: None).damage
+    assert [key in line for line in damage] == [True]
+
+
+def test_copies_may_hold_what_is_no_number(tmp_path):
+    weights = random_weights(LLAMA)
+    weights["final_norm.weight"][3] = float("nan")
+    write_tree(tmp_path, LLAMA, weights, Spelling(tp=2))
+    assert LegacySource(tmp_path).read("model.final_norm.weight", (0,), (20,)).isnan().sum() == 1
+
+
+@pytest.mark.parametrize("names", ["trainer", "megatron_core"])
+def test_a_head_that_is_no_copy_of_its_embedding_is_found(tmp_path, names):
+    args = {} if names == "trainer" else lm_arguments(GPT)
+    weights = random_weights(GPT)
+    write_tree(tmp_path, GPT, weights, Spelling(tp=2, pp=2, names=names, gate_first=True, args=args))
+    copied = "word_embeddings_for_head" if names == "trainer" else "output_layer.weight"
+
+    def change(state: dict[str, Any]) -> None:
+        copy = state["model"][copied]
+        (copy if names == "megatron_core" else copy["weight"])[0].add_(1)
+
+    edit(rank_file(tmp_path, "mp_rank_01_001"), change)
+    source = LegacySource(tmp_path)
+    name = "model.embedding.word.weight"
+    assert torch.equal(source.read(name, (0, 0), (128, 20)), weights["embedding.word.weight"][:128])
+    with pytest.raises(
+        CheckpointError, match="mp_rank_01_001 differs from embedding.word_embeddings.weight in mp_rank_01_000"
+    ):
+        source.read(name, (120, 0), (11, 20))
 
 
 class RunsAProgram:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 from argparse import Namespace
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import torch
 
@@ -25,6 +26,16 @@ from megatron.checkpoint.legacy.tree import DISTRIBUTED_FILE, Tree, chunks_of, r
 from megatron.checkpoint.source import MODEL
 from megatron.errors import CheckpointError, listed
 from megatron.model.config import ModelConfig
+
+# Besides the model itself: what all files of one iteration record alike.
+_COMPARED: Final = (
+    "tensor_model_parallel_size",
+    "pipeline_model_parallel_size",
+    "vocab_size",
+    "padded_vocab_size",
+    "rotary_interleaved",
+    "consumed_train_samples",
+)
 
 
 @dataclass(frozen=True)
@@ -46,26 +57,31 @@ class OptimizerFacts:
 
 @dataclass(frozen=True)
 class Place:
-    """Where a logical tensor lies: in chunk `chunk` of all tensor ranks of a pipeline rank."""
+    """Where a logical tensor lies: in chunk `chunk` of all tensor ranks of a pipeline rank, under `key`.
+
+    `copy` is another stage's tensor of the same values.
+    """
 
     kind: str
     pipeline_rank: int
     chunk: int
+    key: str
     stored: StoredTensor
     part: Part
     shape: tuple[int, ...]
     dtype: torch.dtype
+    copy: Place | None = None
 
 
 @dataclass(frozen=True)
 class Inventory:
-    """`held` are the tensors by key in each chunk of each (pipeline rank, tensor rank).
+    """`held` are the tensors by key in each chunk of each (pipeline rank, tensor rank), `recorded` its arguments.
 
     `optimizer` is None where the files have no such state, or one that cannot be read; `unread` says why.
     """
 
     tree: Tree
-    recorded: Recorded
+    recorded: Mapping[tuple[int, int], Recorded]
     held: Mapping[tuple[int, int], list[Mapping[str, Held]]]
     optimizer: OptimizerFacts | None
     unread: str | None
@@ -89,6 +105,19 @@ class Inventory:
             layer += count
         return chunks
 
+    def check_same_model(self, model: ModelConfig) -> None:
+        """`model` is that of the first file. Raises CheckpointError if another's arguments describe another one."""
+        keys, first = self.keys, self.recorded[0, 0]
+        for rank, recorded in self.recorded.items():
+            own = recorded.model_config(keys, model.vocab_size)
+            pairs = {
+                "checkpoint_version": (recorded.version, first.version),
+                **{name: (getattr(recorded.args, name, None), getattr(first.args, name, None)) for name in _COMPARED},
+                **{field.name: (getattr(own, field.name), getattr(model, field.name)) for field in fields(model)},
+            }
+            if different := [f"{name} {own!r}, not {other!r}" for name, (own, other) in pairs.items() if own != other]:
+                raise _mixed(self.tree, self.tree.files[rank], different)
+
     def places(self, stored_as: TreeModel) -> dict[str, Place]:
         """Entry -> its place, the optimizer's included.
 
@@ -104,19 +133,28 @@ class Inventory:
             differences = list(self._differences(pipeline_rank, number, expected))
             problems += differences
             for stored in expected.values() if not differences else ():
-                for part in stored.parts:
-                    if not part.is_copy:
-                        shape = _logical_shape(stored, part, stored_as.model)
-                        own = {MODEL: self.held[pipeline_rank, 0][number][stored.key].dtype}
-                        for kind, dtype in {**own, **(self.optimizer.dtypes if self.optimizer else {})}.items():
-                            place = Place(kind, pipeline_rank, number, stored, part, shape, dtype)
-                            places[f"{kind}.{part.name}"] = place
+                for place in self._placed(pipeline_rank, number, stored, stored_as.model):
+                    entry = f"{place.kind}.{place.part.name}"
+                    if not place.part.is_copy:
+                        places[entry] = place
+                    elif place.kind == MODEL:
+                        # The chunks are in the order of the model, so that the copy comes after the embedding.
+                        places[entry] = dataclasses.replace(places[entry], copy=place)
         if problems:
             raise CheckpointError(
                 f"{self.tree.folder} does not hold the model that its args describe: "
                 f"{listed(problems)}. Copy the whole folder again."
             )
         return places
+
+    def _placed(self, pipeline_rank: int, number: int, stored: StoredTensor, model: ModelConfig) -> Iterator[Place]:
+        held = self.held[pipeline_rank, 0][number]
+        key = stored.key if stored.key in held else HEAD
+        for part in stored.parts:
+            shape = _logical_shape(stored, part, model)
+            own = {MODEL: held[key].dtype}
+            for kind, dtype in {**own, **(self.optimizer.dtypes if self.optimizer else {})}.items():
+                yield Place(kind, pipeline_rank, number, key, stored, part, shape, dtype)
 
     def _differences(self, pipeline_rank: int, number: int, expected: Mapping[str, StoredTensor]) -> Iterator[str]:
         for tensor_rank in range(self.tree.tp):
@@ -137,12 +175,16 @@ def take_inventory(tree: Tree) -> Inventory:
     """Reads what every file holds, but no tensor. Raises CheckpointError where files do not belong together."""
     held: dict[tuple[int, int], list[Mapping[str, Held]]] = {}
     optimizers: list[OptimizerFacts | None] = []
-    recorded, unread = None, None
+    recorded: dict[tuple[int, int], Recorded] = {}
+    iteration, unread = None, None
     for rank, file in sorted(tree.files.items()):
         state = read_rank(file)
-        if recorded is None:
-            recorded = _recorded(state, file)
-            tree.check_complete(recorded.tp, recorded.pp)
+        recorded[rank] = _recorded(state, file)
+        if len(recorded) == 1:
+            tree.check_complete(recorded[rank].tp, recorded[rank].pp)
+            iteration = state.get("iteration")
+        elif state.get("iteration") != iteration:
+            raise _mixed(tree, file, [f"iteration {state.get('iteration')!r}, not {iteration!r}"])
         chunks = chunks_of(state)
         held[rank] = [{key: Held(tuple(t.shape), t.dtype) for key, t in chunk.items()} for chunk in chunks]
         if len(held[rank]) != len(held[0, 0]):
@@ -154,7 +196,6 @@ def take_inventory(tree: Tree) -> Inventory:
             optimizers.append(_optimizer_facts(state, chunks) if tree.iteration is not None else None)
         except UnreadableOptimizerStateError as error:
             unread = unread or f"{file.parent.name}: {error}"
-    assert recorded is not None
     if tree.iteration is not None and any(file.name == DISTRIBUTED_FILE for file in tree.files.values()):
         unread = DISTRIBUTED_OPTIMIZER
     if unread is None and any(facts != optimizers[0] for facts in optimizers):
@@ -181,11 +222,18 @@ def _recorded(state: Mapping[str, Any], file: Path) -> Recorded:
     return Recorded(args, version, file)
 
 
+def _mixed(tree: Tree, file: Path, differences: list[str]) -> CheckpointError:
+    return CheckpointError(
+        f"{file} is not of the same checkpoint as {tree.files[0, 0]}: it has {listed(differences)}. "
+        "Copy the whole folder again."
+    )
+
+
 def _check_vocabulary(inventory: Inventory) -> None:
     first, file = inventory.held[0, 0][0], inventory.tree.files[0, 0]
     if EMBEDDING not in first or len(first[EMBEDDING].shape) != 2:
         raise CheckpointError(f"{file} holds no {EMBEDDING}, which the first stage of a decoder model has.")
-    recorded = getattr(inventory.recorded.args, "padded_vocab_size", None)
+    recorded = getattr(inventory.recorded[0, 0].args, "padded_vocab_size", None)
     if recorded not in (None, inventory.padded_vocab_size):
         raise CheckpointError(
             f"{file}: its args have padded_vocab_size {recorded}, and {EMBEDDING} has {inventory.padded_vocab_size} "

@@ -14,7 +14,7 @@ from megatron.checkpoint.legacy.recording import CARRIED_ARGUMENT, MODEL_ARGUMEN
 from megatron.checkpoint.legacy.tensors import TreeModel
 from megatron.checkpoint.legacy.tokenizers import recorded_tokenizer
 from megatron.checkpoint.legacy.tree import TOKENIZER_FILE, find_tree
-from megatron.checkpoint.source import JSON, RunState, TokenizerIdentity
+from megatron.checkpoint.source import JSON, MODEL, RunState, TokenizerIdentity
 from megatron.errors import CheckpointError
 from megatron.model.config import ModelConfig
 from megatron.model.presets import MODEL_NAMES
@@ -39,7 +39,7 @@ class LegacySource:
         self._tree = tree = find_tree(path, iteration)
         self.path = tree.folder
         inventory = take_inventory(tree)
-        self._recorded, padded = inventory.recorded, inventory.padded_vocab_size
+        self._recorded, padded = inventory.recorded[0, 0], inventory.padded_vocab_size
         vocab_size, notes = _true_vocab_size(self.path, self._recorded.args, true_vocab_size, padded)
         self._optimizer = inventory.optimizer
         self.notes = (*notes, *_optimizer_notes(self.path, inventory))
@@ -47,6 +47,7 @@ class LegacySource:
         conventions = self._recorded.conventions(self._model, rotary_pairs=rotary_pairs)
         _check_tensor_ranks(self.path, self._model, tree.tp)
         self._places = inventory.places(TreeModel(self._model, conventions, tree.tp, padded))
+        inventory.check_same_model(self._model)
         self._files = MappedFiles(tree, with_optimizer=self._optimizer is not None)
 
     def names(self) -> Sequence[str]:
@@ -64,7 +65,10 @@ class LegacySource:
         if place.stored.cut == "columns":
             return self._read_columns(place, *slices)
         rows = torch.arange(slices[0].start, slices[0].stop)
-        return self._read_rows(place, rows if place.part.rows is None else place.part.rows[rows], slices[1:])
+        rows = rows if place.part.rows is None else place.part.rows[rows]
+        result = self._read_rows(place, rows, slices[1:])
+        self._check_copies(place, rows, slices[1:], result)
+        return result
 
     def model_config(self) -> ModelConfig:
         return self._model
@@ -121,6 +125,30 @@ class LegacySource:
         assert result is not None
         return result
 
+    def _check_copies(self, place: Place, rows: Tensor, columns: tuple[slice, ...], read: Tensor) -> None:
+        """Raises CheckpointError if a tensor that several ranks hold has other values on one of them."""
+        if place.copy is not None:
+            ranks = rows // place.stored.local_shape(self._tree.tp)[0]
+            for rank in ranks.unique().tolist():
+                held = self._read_rows(place.copy, rows[ranks == rank], columns)
+                if not _is_same(held, read[ranks == rank]):
+                    raise self._different(place.copy, rank, place, rank)
+        # Of the optimizer's averages only those are of use that belong to the weights which are read.
+        if place.stored.cut == "copies" and place.kind == MODEL:
+            for rank in range(1, self._tree.tp):
+                held = self._tensor(place, rank)[(slice(None), *columns)]
+                if not _is_same(held.index_select(0, rows), read):
+                    raise self._different(place, rank, place, 0)
+
+    def _different(self, copy: Place, copy_rank: int, place: Place, rank: int) -> CheckpointError:
+        other, one = (
+            self._tree.files[at.pipeline_rank, number].parent.name for at, number in ((copy, copy_rank), (place, rank))
+        )
+        return CheckpointError(
+            f"{self.path}: {copy.key} in {other} differs from {place.key} in {one}, though it is a copy; "
+            "they are of different checkpoints, or the run let them drift apart. Copy the whole folder again."
+        )
+
     def _read_columns(self, place: Place, rows: slice, columns: slice) -> Tensor:
         share = place.stored.local_shape(self._tree.tp)[-1]
         pieces = []
@@ -130,7 +158,12 @@ class LegacySource:
         return torch.cat(pieces, dim=1)
 
     def _tensor(self, place: Place, tensor_rank: int) -> Tensor:
-        return self._files.tensor((place.pipeline_rank, tensor_rank), place.chunk, place.kind, place.stored.key)
+        return self._files.tensor((place.pipeline_rank, tensor_rank), place.chunk, place.kind, place.key)
+
+
+def _is_same(one: Tensor, other: Tensor) -> bool:
+    """A value that is no number is the same as another one."""
+    return torch.allclose(one, other, rtol=0, atol=0, equal_nan=True)
 
 
 def _true_vocab_size(path: Path, args: object, given: int | None, padded: int) -> tuple[int, tuple[str, ...]]:
