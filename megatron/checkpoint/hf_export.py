@@ -1,7 +1,7 @@
 """Any source of weights -> a folder that transformers loads: safetensors files of bounded size, index, configs.
 
 Tensors are copied a few rows at a time, so that memory depends neither on the model nor on its largest tensor. The
-folder is written beside its place under a hidden name and renamed when it is complete.
+folder is written under a hidden name and put into its place when it is complete and on the disk.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from megatron.checkpoint.hf_tensors import StoredTensor, stored_tensors
 from megatron.checkpoint.locate import EXPORT_PREFIX
 from megatron.checkpoint.placement import logical_shapes
 from megatron.checkpoint.source import MODEL, Source
+from megatron.durable import sync_folder
 from megatron.errors import CheckpointError, ConfigError
 
 DEFAULT_SHARD_BYTES = 5 * 10**9
@@ -142,11 +143,15 @@ def write_hf_folder(
 ) -> None:
     """Writes `folder`, which must not exist or be empty. `other_files` are copied under their new names.
 
-    `on_bytes` hears of the bytes as they are written. Raises CheckpointError if anything fails; the folder then does
-    not exist, as before.
+    `on_bytes` hears of the bytes as they are written. All of them survive a power cut after this returns. Raises
+    CheckpointError if anything fails; the folder is then as before, empty or not there.
     """
     check_output_folder(folder)
-    staging = folder.with_name(f"{EXPORT_PREFIX}{folder.name}-{uuid.uuid4().hex}")
+    place = folder.resolve()
+    # A folder that exists may be the current one, or a disk of its own: it is filled, not replaced.
+    beside = place if place.exists() else place.parent
+    made = [parent for parent in place.parents if not parent.exists()]
+    staging = beside / f"{EXPORT_PREFIX}{place.name}-{uuid.uuid4().hex}"
     try:
         staging.mkdir(parents=True)
         file_names = _write_shards(source, shards, staging, on_bytes)
@@ -156,7 +161,9 @@ def write_hf_folder(
             _write_json(staging / name, content)
         for name, file in other_files.items():
             shutil.copyfile(file, staging / name)
-        staging.rename(folder)
+        _put(staging, place)
+        for parent in made:
+            sync_folder(parent.parent)
     except OSError as error:
         raise CheckpointError(
             f"{folder} cannot be written ({error.strerror}); choose a folder that is writable, on a disk with room "
@@ -170,6 +177,23 @@ def check_output_folder(folder: Path) -> None:
     """Raises CheckpointError if `folder` exists and has anything in it."""
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
         raise CheckpointError(f"{folder} exists and is not an empty folder; choose another or remove it.")
+
+
+def _put(staging: Path, place: Path) -> None:
+    """Makes what `staging` holds durable, and then `place` of it."""
+    files = sorted(staging.iterdir(), key=lambda file: file.name == CONFIG_FILE)
+    for file in files:
+        with open(file, "rb") as written:
+            os.fsync(written.fileno())
+    sync_folder(staging)
+    if staging.parent != place:
+        staging.rename(place)
+        sync_folder(place.parent)
+        return
+    for file in files:  # config.json last: before it is there, nothing takes the folder for a model
+        file.rename(place / file.name)
+    staging.rmdir()
+    sync_folder(place)
 
 
 def _training_dtype(source: Source) -> torch.dtype | None:

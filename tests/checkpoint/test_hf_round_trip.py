@@ -5,7 +5,10 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import os
 from collections.abc import Sequence
+from pathlib import Path
+from stat import S_ISDIR
 
 import pytest
 import torch
@@ -272,6 +275,51 @@ def test_an_export_that_fails_leaves_nothing(tmp_path):
     with pytest.raises(CheckpointError, match=r"cannot be written \(No such file or directory\); choose a folder"):
         to_hf(HuggingFaceSource(original), tmp_path / "back", other_files={"tokenizer.json": tmp_path / "absent"})
     assert sorted(path.name for path in tmp_path.iterdir()) == ["hf"]
+
+
+def test_every_file_and_name_of_an_export_is_on_the_disk_before_it_returns(tmp_path, monkeypatch):
+    source = HuggingFaceSource(save_llama(tmp_path / "hf"))
+    (tmp_path / "vocabulary").write_text("{}")
+    on_disk: dict[int, int] = {}  # inode -> bytes or names that it had when it was synced
+
+    def record(descriptor: int) -> None:
+        status = os.fstat(descriptor)
+        on_disk[status.st_ino] = len(os.listdir(descriptor)) if S_ISDIR(status.st_mode) else status.st_size
+
+    monkeypatch.setattr(os, "fsync", record)
+    files = {"tokenizer.json": tmp_path / "vocabulary"}
+    folder = to_hf(source, tmp_path / "new" / "back", max_shard_bytes=30_000, other_files=files)
+    names = {path.name for path in folder.iterdir()}
+    assert {"config.json", "model.safetensors.index.json", "tokenizer.json"} < names and len(names) > 5
+    for path in folder.iterdir():
+        assert on_disk[path.stat().st_ino] == path.stat().st_size > 0
+    for parent, num_names in ((folder, len(names)), (folder.parent, 1), (tmp_path, 3)):
+        assert on_disk[parent.stat().st_ino] == num_names
+
+
+@pytest.mark.parametrize("kind", ["current", "link", "link to nothing"])
+def test_an_export_goes_where_a_short_path_or_a_link_leads(kind, tmp_path, monkeypatch):
+    original = save_llama(tmp_path / "hf")
+    target = tmp_path / "there"
+    if kind != "link to nothing":
+        target.mkdir()
+    folder = Path(".") if kind == "current" else tmp_path / "link"
+    if kind == "current":
+        monkeypatch.chdir(target)
+    else:
+        folder.symlink_to(target)
+    to_hf(HuggingFaceSource(original), folder)
+    assert_same_tensors(stored_tensors(folder), stored_tensors(original))
+    assert sorted(path.name for path in target.iterdir()) == sorted(path.name for path in folder.iterdir())
+    assert folder.is_symlink() == (kind != "current")
+
+
+def test_a_folder_that_existed_is_empty_again_after_an_export_that_fails(tmp_path):
+    original = save_llama(tmp_path / "hf")
+    (tmp_path / "back").mkdir()
+    with pytest.raises(CheckpointError, match=r"cannot be written \(No such file or directory\); choose a folder"):
+        to_hf(HuggingFaceSource(original), tmp_path / "back", other_files={"tokenizer.json": tmp_path / "absent"})
+    assert not list((tmp_path / "back").iterdir())
 
 
 def test_a_run_that_sweeps_its_folder_meanwhile_does_not_take_the_export_away(tmp_path):
