@@ -103,7 +103,7 @@ class ParquetRows(Chunk):
                 yield Document(row, present)
             else:
                 key = keys[texts.index(None)]
-                on_bad(DataError(f"{self.place(row)}: no text under {key!r}; remove the row, or fill it."))
+                on_bad(DataError(f"{self.place(row)}: no text in UTF-8 under {key!r}; remove the row, or mend it."))
 
 
 def read_chunks(

@@ -42,7 +42,7 @@ def test_several_columns_are_read_in_the_order_asked_for(tmp_path):
 def test_a_row_without_text_is_named(tmp_path):
     file = _write(tmp_path / "a.parquet", {"text": ["a", None, "c"]})
     (chunk,) = read_chunks([file], max_documents=9, max_bytes=999)
-    with pytest.raises(DataError, match=r"a\.parquet, row 2: no text under 'text'; remove the row"):
+    with pytest.raises(DataError, match=r"a\.parquet, row 2: no text in UTF-8 under 'text'; remove the row"):
         parse_chunk(chunk, ("text",))
 
 
@@ -50,7 +50,7 @@ def test_a_row_that_is_not_utf8_is_named_and_costs_no_other_row(tmp_path):
     texts = pyarrow.array([b"a", b"\xff\xfe", b"\xc3\xa9"], pyarrow.binary()).view(pyarrow.string())
     file = _write(tmp_path / "a.parquet", {"text": texts})
     (chunk,) = read_chunks([file], max_documents=9, max_bytes=999)
-    with pytest.raises(DataError, match=r"a\.parquet, row 2: no text under 'text'; remove the row"):
+    with pytest.raises(DataError, match=r"a\.parquet, row 2: no text in UTF-8 under 'text'; remove the row"):
         parse_chunk(chunk, ("text",))
     bad: list[DataError] = []
     assert parse_chunk(chunk, ("text",), bad.append) == [(1, ("a",)), (3, ("é",))]
