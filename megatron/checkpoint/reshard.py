@@ -23,6 +23,7 @@ from megatron.checkpoint.plan import Rectangle
 from megatron.checkpoint.source import MODEL, CheckpointInfo, RunState, Source, TokenizerIdentity
 from megatron.checkpoint.storage import PlannedPiece
 from megatron.checkpoint.streaming import write_files
+from megatron.checkpoint.tokenizer_copy import copy_tokenizer
 from megatron.checkpoint.tokenizer_files import SENTENCEPIECE_FILE, TOKENIZER_FOLDER, identity_of
 from megatron.checkpoint.tokenizer_source import files_beside
 from megatron.core.layout import ParallelLayout
@@ -97,7 +98,7 @@ def reshard(
 
     `model_name` is recorded if the source records none. `on_bytes` hears of bytes when they have been written. A
     tokenizer that lies with the source is copied to ``root/tokenizer``. The files do not depend on `num_workers`.
-    Raises CheckpointError if `root` has that iteration already, or belongs to another process.
+    Raises CheckpointError if `root` has that iteration already, or another tokenizer, or belongs to another process.
     """
     source = plan.source
     state = source.state() or RunState(iteration=0, config=carried_files(source))
@@ -134,24 +135,12 @@ def _tokenizer_carried(source: Source, root: Path) -> Iterator[TokenizerIdentity
     files, target = files_beside(source), root / TOKENIZER_FOLDER
     is_new = not target.exists()
     try:
-        _copy(files, target)
+        copy_tokenizer(files, target, may_replace=False)
         yield _identity_of_copy(source.tokenizer(), target) if files else source.tokenizer()
     except BaseException:
         if is_new:
             shutil.rmtree(target, ignore_errors=True)
         raise
-
-
-def _copy(files: Mapping[str, Path], target: Path) -> None:
-    try:
-        for name, file in files.items():
-            target.mkdir(exist_ok=True)
-            if file.resolve() != (target / name).resolve():
-                shutil.copyfile(file, target / name)
-    except OSError as error:
-        raise CheckpointError(
-            f"the tokenizer cannot be copied to {target} ({error.strerror}); choose another folder to save to."
-        ) from error
 
 
 def _identity_of_copy(recorded: TokenizerIdentity | None, target: Path) -> TokenizerIdentity | None:

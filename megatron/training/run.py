@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.util
 import logging
 import os
-import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from datetime import timedelta
@@ -20,6 +19,7 @@ from megatron.checkpoint.hf import carried_files
 from megatron.checkpoint.manager import check_architecture
 from megatron.checkpoint.ownership import owned
 from megatron.checkpoint.source import Source, TokenizerIdentity
+from megatron.checkpoint.tokenizer_copy import copy_tokenizer
 from megatron.checkpoint.tokenizer_files import TOKENIZER_FOLDER, tokenizer_files
 from megatron.config import RunConfig
 from megatron.core.data_parallel import DataParallelConfig
@@ -206,15 +206,10 @@ def _keep_tokenizer(run: RunConfig, tokenizer: Tokenizer, topology: Topology) ->
         return TokenizerIdentity(tokenizer.name, path, tokenizer.identity.file_sha256)
     folder = Path(save) / TOKENIZER_FOLDER
     merge_file = None if run.tokenizer.merge_file is None else Path(run.tokenizer.merge_file)
-    on_first_rank(topology.world, lambda: _copy_files(tokenizer_files(Path(path), merge_file), folder))
+    on_first_rank(
+        topology.world, lambda: copy_tokenizer(tokenizer_files(Path(path), merge_file), folder, may_replace=True)
+    )
     return TokenizerIdentity(tokenizer.name, str(folder.absolute()), tokenizer.identity.file_sha256)
-
-
-def _copy_files(files: Mapping[str, Path], folder: Path) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, file in files.items():
-        if file.resolve() != (folder / name).resolve():
-            shutil.copyfile(file, folder / name)
 
 
 def _notes(datasets: RunDatasets, source: Source | None, start: Progress, run: RunConfig) -> list[str]:

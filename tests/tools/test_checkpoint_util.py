@@ -24,12 +24,14 @@ from megatron.checkpoint.native import NativeSource
 from megatron.checkpoint.opening import open_source
 from megatron.checkpoint.placement import specs_of_rank
 from megatron.checkpoint.source import CheckpointInfo, LocalTensor, RunState, TokenizerIdentity
+from megatron.checkpoint.tokenizer_files import identity_of
 from megatron.core.layout import ParallelLayout
 from megatron.core.sharding import Region
 from megatron.core.topology import Axis
 from megatron.errors import CheckpointError, MegatronError
 from megatron.model.config import ModelConfig
 from meta_folders import random_weights, save_meta
+from other_runs import another_process_owns
 from tiny_tokenizers import write_gpt2, write_huggingface
 
 Main = Callable[[list[str]], None]
@@ -271,6 +273,22 @@ def test_its_own_tokenizer_travels_with_a_checkpoint(tmp_path: Path, rewrite: Re
     assert {file.name for file in copy.iterdir()} == {"tokenizer.model", "tokenizer_config.json"}
     carried = open_source(tmp_path / "out").tokenizer()
     assert carried is not None and carried.tokenizer_model == str(copy / "tokenizer.model")
+
+
+def test_another_tokenizer_beside_the_target_is_not_replaced(tmp_path: Path, rewrite: Rewrite) -> None:
+    for name, iteration in (("in", 7), ("other", 8)):
+        tokenizer = tmp_path / name / "tokenizer" / "tokenizer.model"
+        tokenizer.parent.mkdir(parents=True)
+        tokenizer.write_text(name)
+        folder = write_checkpoint(tmp_path / name, tokenizer=identity_of(tokenizer.parent))
+        folder.rename(folder.with_name(f"iter_{iteration:07d}"))
+    with pytest.raises(CheckpointError, match=r"other/tokenizer holds another tokenizer \(its tokenizer\.model\)"):
+        rewrite(tmp_path / "in", tmp_path / "other")
+    assert (tmp_path / "other" / "tokenizer" / "tokenizer.model").read_text() == "other"
+    (tmp_path / "out").mkdir()
+    with another_process_owns(tmp_path / "out"), pytest.raises(CheckpointError, match="out belongs to process 4711"):
+        rewrite(tmp_path / "in", tmp_path / "out")
+    assert not (tmp_path / "out" / "tokenizer").exists()
 
 
 def test_a_failure_takes_the_copy_of_the_tokenizer_away_again(tmp_path: Path, main: Main) -> None:
