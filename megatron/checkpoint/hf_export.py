@@ -73,7 +73,8 @@ def plan_export(
 ) -> Export:
     """What an export of `source` consists of; nothing is read but names and shapes.
 
-    Without `dtype`, the fp32 weights of a bf16 run become bf16 and every other tensor keeps its own. `special_tokens`
+    Without `dtype`, the fp32 weights of a run in half precision become what it computed in (`dtype_of_run`), and every
+    other tensor keeps its own. `special_tokens`
     ("eos_token_id") go into the config of a model that was born here. Raises CheckpointError if the format cannot
     express the model, or if the source lacks a tensor of it.
     """
@@ -83,8 +84,8 @@ def plan_export(
     held = set(source.names())
     if missing := [entry for name in logical if (entry := f"{MODEL}.{name}") not in held]:
         raise CheckpointError(f"{source.path} lacks {', '.join(missing[:4])}; export a complete checkpoint.")
-    trained_in = _training_dtype(source)
-    wanted = dtype or (torch.bfloat16 if trained_in == torch.bfloat16 else None)
+    trained_in = dtype_of_run(source)
+    wanted = dtype or half_precision(trained_in)
     dtypes = {name: wanted or source.dtype(f"{MODEL}.{name}") for name in logical}
     # An untouched conversion gives the original's dtype back, whatever it said.
     is_new = original is None or dtype is not None or trained_in is not None
@@ -196,13 +197,19 @@ def _put(staging: Path, place: Path) -> None:
     sync_folder(place)
 
 
-def _training_dtype(source: Source) -> torch.dtype | None:
+def dtype_of_run(source: Source) -> torch.dtype | None:
     """What the run that saved `source` computed in; None if no run did, but a conversion."""
     state = source.state()
     training = None if state is None else state.config.get("training")
     if not isinstance(training, Mapping):
         return None
-    return torch.bfloat16 if training["bf16"] else torch.float32
+    # Only runs of other programs know fp16.
+    return torch.bfloat16 if training["bf16"] else torch.float16 if training.get("fp16") else torch.float32
+
+
+def half_precision(dtype: torch.dtype | None) -> torch.dtype | None:
+    """`dtype` if it is one of two bytes: what an export rounds the master weights of a run to."""
+    return dtype if dtype in (torch.bfloat16, torch.float16) else None
 
 
 def _write_shards(

@@ -22,9 +22,11 @@ from legacy_trees import (
     write_tree,
 )
 from megatron.checkpoint import open_source
-from megatron.checkpoint.legacy import LegacySource
+from megatron.checkpoint.hf_export import plan_export
+from megatron.checkpoint.legacy import LegacySource, plan_legacy_tree, write_legacy_tree
 from megatron.checkpoint.native import NativeSource
 from megatron.checkpoint.reshard import plan_resharding, reshard
+from megatron.checkpoint.unpickle import read_torch_file
 from megatron.core.layout import ParallelLayout
 from megatron.model.config import ModelConfig
 
@@ -265,3 +267,39 @@ def test_the_whole_state_moves_into_a_checkpoint_of_this_project(tmp_path):
         for name, tensor in tensors.items():
             read = source.read(f"{kind}.{name}", (0,) * tensor.ndim, tensor.shape)
             assert torch.equal(read, tensor), (kind, name)
+
+
+PRECISIONS: dict[str, tuple[dict[str, Any], torch.dtype]] = {
+    "bf16": ({"bf16": True, "fp16": False}, torch.bfloat16),
+    "fp16": ({"bf16": False, "fp16": True}, torch.float16),
+    "the dtype of parameters": ({"params_dtype": torch.bfloat16}, torch.bfloat16),
+    "fp32": ({"bf16": False, "fp16": False, "params_dtype": torch.float32}, torch.float32),
+}
+
+
+@pytest.mark.parametrize("args, dtype", PRECISIONS.values(), ids=PRECISIONS)
+def test_masters_are_exported_as_what_their_run_computed_in(tmp_path, args, dtype):
+    """To both formats; and by way of a checkpoint of this project, which keeps the masters."""
+    expected = write_trained(tmp_path / "tree", LLAMA, Spelling(args=args), dtype=dtype)["model"]
+    tree = open_source(tmp_path / "tree")
+    reshard(plan_resharding(tree, ParallelLayout()), tmp_path / "native", on_bytes=lambda _: None)
+    for source in (tree, open_source(tmp_path / "native")):
+        assert source.dtype("model.head.weight") == torch.float32
+        export = plan_export(source)
+        assert {tensor.dtype for tensor in export.tensors} == {dtype}
+        assert export.json_files["config.json"]["torch_dtype"] == str(dtype).removeprefix("torch.")
+    folder = write_legacy_tree(plan_legacy_tree(tree, ParallelLayout()), tmp_path / "again")
+    written = read_torch_file(folder / "mp_rank_00" / "model_optim_rng.pt")["args"]
+    assert written.params_dtype == dtype
+    assert (written.bf16, written.fp16) == (dtype == torch.bfloat16, dtype == torch.float16)
+    again = LegacySource(tmp_path / "again")
+    for name, tensor in expected.items():
+        read = again.read(f"model.{name}", (0,) * tensor.ndim, tensor.shape)
+        assert read.dtype == dtype
+        assert torch.equal(read, tensor.to(dtype)), name
+
+
+def test_a_dtype_that_is_asked_for_is_written_to_a_tree_whatever_the_run_computed_in(tmp_path):
+    write_trained(tmp_path, LLAMA, Spelling(args={"bf16": True}), dtype=torch.bfloat16)
+    plan = plan_legacy_tree(open_source(tmp_path), ParallelLayout(), weights_dtype=torch.float32)
+    assert plan.weights_dtype == torch.float32

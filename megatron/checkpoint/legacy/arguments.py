@@ -13,9 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
+import torch
+
 from megatron.checkpoint.legacy.conventions import Conventions, QkvOrder
 from megatron.checkpoint.legacy.keys import HEAD, layer_key
 from megatron.checkpoint.legacy.recording import recorded_model
+from megatron.checkpoint.source import JSON
 from megatron.checkpoint.unpickle import StandIn
 from megatron.errors import CheckpointError, ConfigError
 from megatron.model.config import ModelConfig, RopeScaling
@@ -238,3 +241,17 @@ class Recorded:
         if value is not None and (type(value) is not int or value < 1):
             raise CheckpointError(f"{self.where}: its args have {name} {value!r}, which is not a positive integer.")
         return value
+
+
+def recorded_precision(args: Namespace) -> dict[str, JSON]:
+    """In which half precision a run trained, as this project's runs record it; nothing where the arguments do not say.
+
+    The weights of a run in half precision are read from its fp32 masters, so that their own dtype does not tell.
+    """
+    if not any(hasattr(args, name) for name in ("bf16", "fp16", "params_dtype")):
+        return {}
+    computed_in = getattr(args, "params_dtype", None)
+    return {
+        "bf16": bool(getattr(args, "bf16", False)) or computed_in == torch.bfloat16,
+        "fp16": bool(getattr(args, "fp16", False)) or computed_in == torch.float16,
+    }

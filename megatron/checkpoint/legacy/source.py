@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from megatron.checkpoint.legacy.arguments import recorded_precision
 from megatron.checkpoint.legacy.inventory import Inventory, Place, take_inventory
 from megatron.checkpoint.legacy.mapped import MappedFiles
 from megatron.checkpoint.legacy.recording import CARRIED_ARGUMENT, MODEL_ARGUMENT
@@ -96,6 +97,8 @@ class LegacySource:
             config["tokenizer"] = tokenizer
         if self._tree.iteration is None:
             return RunState(iteration=0, config=config) if config else None
+        if training := recorded_precision(args):
+            config["training"] = training
         consumed, found = getattr(args, "consumed_train_samples", 0), self._optimizer
         return RunState(
             iteration=self._tree.iteration,

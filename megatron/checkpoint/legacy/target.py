@@ -9,6 +9,7 @@ from typing import Final
 
 import torch
 
+from megatron.checkpoint.hf_export import dtype_of_run, half_precision
 from megatron.checkpoint.legacy.conventions import Conventions
 from megatron.checkpoint.legacy.tensors import Chunk, StoredTensor, TreeModel
 from megatron.checkpoint.legacy.tree import MODEL_FILES, RELEASE, rank_name
@@ -81,7 +82,8 @@ def plan_legacy_tree(
     """Decides what each rank gets, with `num_chunks` virtual stages a pipeline rank; reads names and shapes only.
 
     `vocabulary_multiple` is --make_vocab_size_divisible_by of the run that will load the tree. `model_name` is
-    recorded if the source records none. Raises ConfigError where the model cannot be cut so, and CheckpointError
+    recorded if the source records none. Without `weights_dtype`, master weights become what their run computed in, as
+    in an export to Hugging Face. Raises ConfigError where the model cannot be cut so, and CheckpointError
     unless the source holds all of it.
     """
     model = source.model_config()
@@ -91,7 +93,8 @@ def plan_legacy_tree(
     padded = -(-model.vocab_size // multiple) * multiple
     stored_as = TreeModel(model, Conventions(rotary_pairs=True, gate_first=False), layout.tp, padded)
     name = source.model_name() or model_name
-    plan = LegacyTreePlan(source, layout, num_chunks, stored_as, vocabulary_multiple, weights_dtype, name)
+    dtype = weights_dtype or half_precision(dtype_of_run(source))
+    plan = LegacyTreePlan(source, layout, num_chunks, stored_as, vocabulary_multiple, dtype, name)
     _check_complete(plan)
     return plan
 
