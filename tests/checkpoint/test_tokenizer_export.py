@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tokenizers import Tokenizer
+from tokenizers import Tokenizer, models, processors
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from megatron.checkpoint.tokenizer_export import ExportedTokenizer, export_tokenizer
-from megatron.checkpoint.tokenizer_roles import parse_overrides
+from megatron.checkpoint.tokenizer_roles import override_roles, parse_overrides
 from megatron.errors import CheckpointError, ConfigError, TokenizerError
 from megatron.tokenizer.build import build_tokenizer
 from megatron.tokenizer.config import TokenizerConfig
@@ -221,6 +221,61 @@ def test_roles_of_a_published_tokenizer_can_be_given_to_other_tokens(tmp_path: P
     theirs = loaded(tmp_path / "hf")
     assert (theirs("").input_ids, theirs.bos_token, theirs.model_max_length) == ([301], "<|end|>", 9)
     assert exported.ids() == {"bos_token_id": 301, "eos_token_id": 301}
+
+
+BOS_EOS = {"bos_token": "</s>", "eos_token": "</s>"}
+END = "<|im_end|>"
+
+
+@pytest.mark.parametrize(
+    ("single", "pair", "roles", "overrides", "expected"),
+    [
+        ("$A </s>", "$A </s> $B </s>", {"eos_token": "</s>", "pad_token": "</s>"}, {"pad": "<PAD>"}, ["a </s>"]),
+        ("</s> $A", "</s> $A </s> $B", BOS_EOS, {"eos": END}, ["</s> a", "</s> a </s> b"]),
+        ("</s> $A", "</s> $A </s> $B", BOS_EOS, {"bos": END}, [f"{END} a", f"{END} a {END} b"]),
+        ("</s> $A </s>", "</s> $A $B </s>", BOS_EOS, {"eos": END}, [f"</s> a {END}", f"</s> a b {END}"]),
+        ("$A </s>", "$A </s> $B </s>", BOS_EOS, {"eos": END, "unk": "</s>"}, [f"a {END}", f"a {END} b {END}"]),
+        ("</s> $A <PAD>", "$A <PAD> $B", {**BOS_EOS, "sep_token": "<PAD>"}, {"bos": "<PAD>", "sep": "</s>"},
+         ["<PAD> a </s>", "a </s> b"]),
+        # Nobody is its role there; a token that a template puts before a text may be called eos alone.
+        ("</s> $A", "</s> $A $B", {"eos_token": "</s>"}, {"eos": END}, [f"{END} a", f"{END} a b"]),
+    ],
+)  # fmt: skip
+def test_a_template_follows_the_role_and_not_the_text_of_a_token(
+    single: str, pair: str, roles: dict[str, str], overrides: dict[str, str], expected: list[str]
+) -> None:
+    model, settings, _ = override_roles(with_template(single, pair), roles, overrides)
+    texts = [model.encode("a").tokens, model.encode("a", "b").tokens]
+    assert [" ".join(tokens) for tokens in texts][: len(expected)] == expected
+    assert settings == {**roles, **{f"{role}_token": token for role, token in overrides.items()}}
+
+
+@pytest.mark.parametrize(
+    ("single", "pair", "place", "roles"),
+    [
+        ("$A </s>", "$A </s> $B </s>", "after a text", ["eos", "sep"]),
+        ("</s> $A </s>", "</s> $A </s> $B </s>", "between texts", ["bos", "eos"]),
+    ],
+)
+def test_a_template_that_leaves_open_which_role_it_means_is_refused(
+    single: str, pair: str, place: str, roles: list[str]
+) -> None:
+    with pytest.raises(ConfigError) as error:
+        override_roles(with_template(single, pair), {f"{role}_token": "</s>" for role in roles}, {"eos": END})
+    first, second = roles
+    assert str(error.value) == (
+        f"--override_special_tokens: {first} and {second} share the token '</s>', which the tokenizer's template puts {place} "
+        f"without saying which it means; give them one token, such as {first}='{END}' {second}='{END}'."
+    )
+
+
+def with_template(single: str, pair: str) -> Tokenizer:
+    vocabulary = {"<unk>": 0, "</s>": 1, "<PAD>": 2, "a": 3, END: 4, "b": 5}
+    model = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    model.add_special_tokens(["</s>", "<PAD>", END])
+    special = [("</s>", 1), ("<PAD>", 2)]
+    model.post_processor = processors.TemplateProcessing(single=single, pair=pair, special_tokens=special)
+    return model
 
 
 def test_a_token_that_does_not_exist_cannot_have_a_role(sentencepiece_file: Path, tmp_path: Path) -> None:
