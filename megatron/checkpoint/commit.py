@@ -8,6 +8,7 @@ leaves behind is put right by the next save.
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 import uuid
@@ -24,6 +25,8 @@ from megatron.checkpoint.storage import WrittenFile
 from megatron.core.topology import Axis
 from megatron.durable import sync_folder
 from megatron.errors import CheckpointError
+
+logger = logging.getLogger(__name__)
 
 _GIB = 2**30
 
@@ -83,19 +86,28 @@ def check_room(root: Path, num_bytes: int) -> None:
 
 def sweep(root: Path) -> None:
     """Removes what crashed saves left in `root`, which the caller owns, and brings back an iteration that one of them
-    had just set aside.
+    had just set aside. What cannot be removed stays, with a warning.
     """
     for leftover in root.glob(f"{STAGING_PREFIX}*"):
+        _remove(leftover)
+    for old in root.glob(replaced_folder(root / "iter_*").name):
+        current = old.with_suffix("")
+        if current.exists():  # the name has to be free even where the content cannot be removed
+            _remove(old.rename(root / f"{STAGING_PREFIX}{uuid.uuid4().hex}"))
+        else:
+            old.rename(current)
+
+
+def _remove(leftover: Path) -> None:
+    try:
         if leftover.is_dir():
             shutil.rmtree(leftover)
         else:
             leftover.unlink()
-    for old in root.glob(replaced_folder(root / "iter_*").name):
-        current = old.with_suffix("")
-        if current.exists():
-            shutil.rmtree(old)
-        else:
-            old.rename(current)
+    except OSError as error:
+        logger.warning(
+            "%s was left by an earlier save and cannot be removed (%s); remove it by hand", leftover, error.strerror
+        )
 
 
 def _prepare(final: Path, num_bytes: int, lock: ExitStack | None) -> Path:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import shutil
+import zlib
 from pathlib import Path
 
 import pytest
@@ -106,6 +107,38 @@ def test_an_old_checkpoint_that_cannot_be_removed_is_a_warning(
     assert remove_old(newest, Retention(1)) == []
     (warning,) = caplog.messages
     assert "iter_0000001 is an old checkpoint that cannot be removed (Permission denied); remove it by hand" in warning
+
+
+def test_a_file_that_cannot_be_removed_is_a_warning_at_this_save_and_the_next(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    saved(tmp_path, 1)
+    rmtree = shutil.rmtree
+
+    def refuse(folder: Path, **options: bool) -> None:
+        if "removed" not in folder.name:
+            rmtree(folder, **options)
+        elif not options.get("ignore_errors"):
+            raise PermissionError(1, "Operation not permitted", str(folder / "x"))
+
+    monkeypatch.setattr(shutil, "rmtree", refuse)
+    for iteration in (2, 3):
+        save_iteration(tmp_path, iteration, Retention(2))
+    save_iteration(tmp_path, 4)
+    assert list_iterations(tmp_path) == [2, 3, 4]
+    first, second = caplog.messages
+    assert ".tmp-removed-" in first and "cannot be removed (Operation not permitted); remove it by hand" in first
+    assert "was left by an earlier save and cannot be removed (Operation not permitted); remove it by hand" in second
+
+
+def test_a_checkpoint_of_another_version_neither_counts_nor_goes(tmp_path: Path) -> None:
+    saved(tmp_path, 1, 2)
+    path = iteration_folder(tmp_path, 2) / MANIFEST_FILE
+    body = path.read_text().partition("\n")[2].replace('"format_version": 1', '"format_version": 2')
+    path.write_text(f'{{"crc32": "{zlib.crc32(body.encode()):08x}",\n{body}')
+    for iteration in (3, 4, 5):
+        save_iteration(tmp_path, iteration, Retention(2))
+    assert list_iterations(tmp_path) == [2, 4, 5]
 
 
 def test_a_kill_while_removing_leaves_nothing_that_looks_like_a_checkpoint(
