@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import logging
 import os
 import socket
 from collections.abc import Iterator
@@ -15,6 +16,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from megatron.errors import CheckpointError
+
+logger = logging.getLogger(__name__)
 
 LOCK_FILE = ".lock"
 # What file systems answer that do not offer locks (Lustre without -o flock, NFS without its lock service).
@@ -27,7 +30,8 @@ def owned(root: Path) -> Iterator[None]:
 
     The kernel drops the lock when its process ends, however it ends, so a dead run is never in the way. It is a
     record lock (fcntl) and not one of flock, because child processes would inherit that one, and one that outlives
-    a killed run would keep it. A process must not enter twice for one folder: leaving once frees it.
+    a killed run would keep it. A file system without locks is a warning. A process must
+    not enter twice for one folder: leaving once frees it.
     """
     with (root / LOCK_FILE).open("a+") as file:
         try:
@@ -40,6 +44,11 @@ def owned(root: Path) -> Iterator[None]:
         except OSError as error:
             if error.errno not in _NO_LOCKS:
                 raise
+            logger.warning(
+                "%s is on a file system without locks (%s), so nothing keeps a second run from saving there; give each "
+                "run a folder of its own",
+                *(root, error.strerror),
+            )
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()}")
         file.flush()

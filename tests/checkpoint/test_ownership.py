@@ -71,9 +71,14 @@ def test_a_folder_is_free_when_its_owner_has_left(tmp_path: Path) -> None:
     save_from_one_process(tmp_path, ParallelLayout())
 
 
-def test_a_file_system_without_locks_is_saved_to_all_the_same(tmp_path: Path, monkeypatch) -> None:
+def test_a_file_system_without_locks_is_saved_to_with_a_warning(tmp_path: Path, monkeypatch, caplog) -> None:
     def unsupported(*args: object) -> None:
         raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
 
     monkeypatch.setattr(fcntl, "lockf", unsupported)
     assert save_from_one_process(tmp_path, ParallelLayout()).exists()
+    (warning,) = caplog.messages
+    assert warning == (
+        f"{tmp_path} is on a file system without locks (Function not implemented), so nothing keeps a second run from "
+        "saving there; give each run a folder of its own"
+    )
