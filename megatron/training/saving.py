@@ -49,13 +49,18 @@ class Saver:
         return self._work.wait() if self._work.is_done and not self.has_failed else None
 
     def finish(self) -> str | None:
-        """Waits for the save in flight. Raises CheckpointError if it failed."""
+        """Waits for the save in flight. Raises CheckpointError if it failed.
+
+        A lost connection and a bug of our own keep their type and traceback; the log names the save that they hit.
+        """
+        failed = f"the save of iteration {self._iteration}, which went on in the background, failed"
         try:
             return self._work.wait()
         except CheckpointError as error:
-            raise CheckpointError(
-                f"the save of iteration {self._iteration}, which went on in the background, failed: {error}"
-            ) from error
+            raise CheckpointError(f"{failed}: {error}") from error
+        except Exception as error:
+            logger.error("%s: %s: %s", failed, type(error).__name__, error)
+            raise
 
     def abandon(self) -> None:
         """Waits for the save in flight when the run ends with another error, which its own failure must not hide."""

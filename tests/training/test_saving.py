@@ -14,6 +14,7 @@ from types import SimpleNamespace
 import pytest
 import torch.distributed as dist
 
+from checkpoint_samples import INFO
 from distributed import RankFailure, run_distributed
 from finetune_runs import (
     GLOBAL_BATCH_SIZE,
@@ -29,11 +30,12 @@ from finetune_runs import (
 from megatron.checkpoint import manager
 from megatron.checkpoint.locate import list_iterations
 from megatron.checkpoint.opening import open_source
-from megatron.checkpoint.snapshot import snapshot_bytes
+from megatron.checkpoint.snapshot import HostBuffers, snapshot_bytes
 from megatron.checkpoint.source import RunState
 from megatron.core.topology import Topology
 from megatron.data.loader import StepLoader
 from megatron.training import checkpointing
+from megatron.training.saving import Saver
 from megatron.training.sinks import METRICS_FILE, read_metrics
 from other_runs import another_process_owns
 
@@ -146,6 +148,19 @@ def test_a_save_that_fails_in_the_background_ends_the_run_on_all_ranks_and_names
     )
     assert first.err.rstrip().endswith("rank_00001.safetensors: No space left on device (0.000 GiB needed)")
     assert list_iterations(tmp_path) == [4] and not list(tmp_path.glob(".tmp-*"))
+
+
+def test_whatever_ends_a_save_in_the_background_its_iteration_is_named(caplog):
+    def lose_peer(info, tensors) -> Path:
+        raise RuntimeError("Connection closed by peer")
+
+    saver = Saver(lose_peer, HostBuffers([]))
+    saver.save(dataclasses.replace(INFO, state=RunState(iteration=7)), [])
+    with pytest.raises(RuntimeError, match="Connection closed by peer"):
+        saver.finish()
+    assert caplog.messages == [
+        "the save of iteration 7, which went on in the background, failed: RuntimeError: Connection closed by peer"
+    ]
 
 
 def test_a_save_that_fails_at_the_end_of_the_run_fails_the_run(data, tmp_path):
