@@ -254,6 +254,23 @@ def test_the_name_and_the_tokenizer_of_a_model_go_with_it(tmp_path, monkeypatch)
     assert Path(tokenizer.tokenizer_model).read_bytes() == b"pieces"
 
 
+def test_the_tokenizer_of_another_model_is_not_taken_for_this_ones(tmp_path, monkeypatch):
+    (tmp_path / "sentences.model").write_bytes(b"pieces")
+    source = MemorySource(LLAMA, random_weights(LLAMA))
+    identity = TokenizerIdentity("SentencePieceTokenizer", str(tmp_path / "sentences.model"))
+    monkeypatch.setattr(source, "tokenizer", lambda: identity)
+    root = tmp_path / "trees"
+    root.mkdir()
+    held = root / "tokenizer.model"
+    held.write_bytes(b"others")
+    with pytest.raises(CheckpointError, match="trees/tokenizer.model is not the tokenizer of memory, which is .*/sent"):
+        write_legacy_tree(plan_for(source, Spelling()), root)
+    assert list(root.iterdir()) == [held]
+    held.write_bytes(b"pieces")
+    write_legacy_tree(plan_for(source, Spelling()), root)
+    assert held.read_bytes() == b"pieces"
+
+
 def test_optimizer_state_is_left_out_aloud(tmp_path, caplog):
     weights = random_weights(LLAMA)
     moment = {"optimizer.exp_avg.head.weight": weights["head.weight"]}

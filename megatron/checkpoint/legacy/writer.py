@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import filecmp
 import logging
 import os
 import shutil
@@ -43,6 +44,7 @@ def write_legacy_tree(plan: LegacyTreePlan, root: Path, *, on_bytes: Callable[[i
     check_save_folder(root)
     final = root / plan.name
     _check_free(root, final)
+    _check_tokenizer(plan.source, root)
     with owned(root):
         sweep(root)
         check_room(root, plan.num_bytes)
@@ -145,6 +147,16 @@ def _check_free(root: Path, final: Path) -> None:
         raise CheckpointError(f"{final} exists already; remove it, or write to another folder.")
 
 
+def _check_tokenizer(source: Source, root: Path) -> None:
+    """All trees of a folder are read with the one SentencePiece model beside them."""
+    model, held = sentencepiece_file(source), root / TOKENIZER_FILE
+    if model is not None and held.exists() and not filecmp.cmp(model, held, shallow=False):
+        raise CheckpointError(
+            f"{held} is not the tokenizer of {source.path}, which is {model}; write the tree to a folder of its own, "
+            "or remove the file if no tree there needs it."
+        )
+
+
 def _notes(plan: LegacyTreePlan) -> Iterator[str]:
     if any(not name.startswith(f"{MODEL}.") for name in plan.source.names()):
         yield f"{plan.name} holds weights only: the optimizer's state in {plan.source.path} is not written"
@@ -158,7 +170,9 @@ def _notes(plan: LegacyTreePlan) -> Iterator[str]:
 def _carry_tokenizer(source: Source, root: Path) -> None:
     model, target = sentencepiece_file(source), root / TOKENIZER_FILE
     if model is not None and not target.exists():
-        shutil.copyfile(model, target)
+        temporary = root / f"{STAGING_PREFIX}tokenizer-{uuid.uuid4().hex}"
+        shutil.copyfile(model, temporary)
+        temporary.replace(target)
 
 
 def _write_tracker(root: Path, text: str) -> None:
