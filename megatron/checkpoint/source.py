@@ -43,7 +43,7 @@ class RunState:
     """Everything a run resumes from that is not a tensor. The mappings hold JSON values and belong to their owners.
 
     `optimizer` has its step counts, `scheduler` its position, `config` the whole resolved configuration of the run,
-    `data` the number of samples of each dataset (it decides the sample order).
+    `data` the number of samples of each dataset and a fingerprint of the training data (they decide the sample order).
     """
 
     iteration: int

@@ -592,7 +592,7 @@ Releases the GIL. Raises ValueError or IndexError on input that contradicts itse
                R"(Return which dataset serves each sample, uint16 [n], and which of its samples that is, int64 [n].
 
 Each time the dataset is served that is furthest behind its share, the first of equal ones, which is Megatron-LM's
-order. One that has served its limit is left out from then on, and the shares of the others are counted anew.
+rule. One that has served its limit is left out from then on, and the shares of the others are counted anew.
 Releases the GIL. Raises ValueError where the limits do not allow num_samples.)");
     module.def("read_span", &read_span, py::arg("tokens"), py::arg("pointers"), py::arg("lengths"),
                py::arg("sequences"), py::arg("offset"), py::arg("stop"), py::arg("size"),

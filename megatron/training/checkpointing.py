@@ -60,12 +60,12 @@ class RunCheckpoints:
         optimizer: Optimizer,
         *,
         tokenizer: TokenizerIdentity,
-        num_samples: Mapping[str, int],
+        data: Mapping[str, JSON],
         carried: Mapping[str, JSON],
         loaded: Path | None,
     ):
         self.run, self.topology, self.data_parallel, self.optimizer = run, topology, data_parallel, optimizer
-        self.tokenizer, self.num_samples, self.carried = tokenizer, num_samples, carried
+        self.tokenizer, self.data, self.carried = tokenizer, data, carried
         keep_last = run.checkpoint.keep_last
         self.retention = None if keep_last is None else Retention(keep_last, loaded)
 
@@ -130,7 +130,7 @@ class RunCheckpoints:
             optimizer=self._optimizer_facts(),
             scheduler={"iteration": progress.iteration},
             config={**self._config(), **self.carried},
-            data={"num_samples": dict(self.num_samples)},
+            data=self.data,
         )
         return CheckpointInfo(state, self.run.model, self.run.training.model_name, self.tokenizer)
 

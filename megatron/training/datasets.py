@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
+from megatron.checkpoint.source import JSON
 from megatron.config import RunConfig
 from megatron.data.blend import (
     Blend,
@@ -33,7 +34,6 @@ from megatron.training.instruct_datasets import InstructionSources, instruction_
 from megatron.training.pair_datasets import PairSources
 
 VALIDATION, TEST = "validation", "test"
-_TRAINING_DATA = "training_data"
 
 NamedData = Mapping[str, TrainingData]
 
@@ -55,10 +55,9 @@ class RunDatasets:
     fingerprint: int | None = None
 
     @property
-    def record(self) -> Mapping[str, int]:
+    def record(self) -> Mapping[str, JSON]:
         """What a checkpoint keeps, because the order of training samples depends on it."""
-        known = {} if self.fingerprint is None else {_TRAINING_DATA: self.fingerprint}
-        return {**self.num_samples, **known}
+        return {"num_samples": dict(self.num_samples), "fingerprint": self.fingerprint}
 
 
 def build_datasets(run: RunConfig, tokenizer: Tokenizer, start: Progress) -> RunDatasets:
@@ -108,17 +107,18 @@ def _fingerprint(run: RunConfig, contents: Sequence[str], weights: Sequence[floa
     return int.from_bytes(hashlib.sha256(repr(facts).encode()).digest()[:8], "big") >> 1
 
 
-def describe_continuation(datasets: RunDatasets, recorded: Mapping[str, object]) -> str | None:
+def describe_continuation(datasets: RunDatasets, recorded: Mapping[str, JSON]) -> str | None:
     """What to tell a user whose run has other data or another length than the one it continues; None if it has not.
 
     `recorded` is the `record` of the run that is continued. Older runs have none of the data.
     """
-    if recorded.get(_TRAINING_DATA, datasets.fingerprint) != datasets.fingerprint:
+    if recorded.get("fingerprint", datasets.fingerprint) != datasets.fingerprint:
         return (
             "the training data is not that of the checkpoint: its files, their weights, --split or --seq_length are "
             "others; the order of the samples changes, so some of this epoch's may come twice and some not at all"
         )
-    before, now = recorded.get(SPLIT_NAMES[0]), datasets.num_samples[SPLIT_NAMES[0]]
+    num_samples, now = recorded.get("num_samples"), datasets.num_samples[SPLIT_NAMES[0]]
+    before = num_samples.get(SPLIT_NAMES[0]) if isinstance(num_samples, Mapping) else None
     if not isinstance(before, int) or datasets.train.has_same_order_for(before):
         return None
     return (

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import logging
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from datetime import timedelta
 from functools import partial
@@ -83,7 +83,7 @@ def _train(
         parts.data_parallel,
         optimizer,
         tokenizer=_keep_tokenizer(run, tokenizer, topology),
-        num_samples=datasets.record,
+        data=datasets.record,
         carried={} if source is None else carried_files(source),
         loaded=None if source is None else source.path,
     )
@@ -223,8 +223,7 @@ def _notes(datasets: RunDatasets, source: Source | None, start: Progress, run: R
             f"the checkpoint is of iteration {start.iteration}, and --train_iters {run.training.train_iters} asks for "
             "no more: nothing is trained"
         )
-    recorded = state.data.get("num_samples")
-    continuation = describe_continuation(datasets, recorded if isinstance(recorded, Mapping) else {})
+    continuation = describe_continuation(datasets, state.data)
     if continuation is not None:
         notes.append(continuation)
     if state.seed is not None and state.seed != run.training.seed:

@@ -179,7 +179,7 @@ def test_split_cuts_documents_and_not_sentences(folder: Path):
     for part, documents in zip(parts, (range(20), range(20, 32), range(32, 40)), strict=True):
         rows = part.pair_index
         assert rows[:, 0].min() >= bounds[documents.start] and rows[:, 2].max() <= bounds[documents.stop]
-    assert describe_continuation(datasets, {"train": 8}) is None
+    assert describe_continuation(datasets, {"num_samples": {"train": 8}}) is None
     assert describe_continuation(datasets, built(folder, split="5,3,2").record) is None
     assert "the training data is not that" in str(describe_continuation(datasets, built(folder, split="6,3,1").record))
 

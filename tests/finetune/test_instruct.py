@@ -108,7 +108,7 @@ def test_a_blend_is_in_shares_and_its_order_does_not_depend_on_the_runs_length(d
     datasets = build_datasets(run, NullTokenizer(VOCAB_SIZE), Progress())
     served = datasets.train.dataset_index  # type: ignore[attr-defined]
     assert np.count_nonzero(served == 1) == len(served) // 4
-    assert describe_continuation(datasets, {"train": 8}) is None
+    assert describe_continuation(datasets, {"num_samples": {"train": 8}}) is None
     assert describe_continuation(datasets, datasets.record) is None
     on_one = build_datasets(
         replace(run, data=replace(run.data, data_path=(str(data),))), NullTokenizer(VOCAB_SIZE), Progress()

@@ -87,8 +87,8 @@ def test_what_follows_the_end_of_a_document_needs_an_end(parts: list[Path]):
 
 def test_a_longer_run_says_whether_the_order_changes(parts: list[Path]):
     datasets = built(data_path=parts[0])
-    assert describe_continuation(datasets, {"train": 36}) is None  # of 33 an epoch
-    text = describe_continuation(datasets, {"train": 4000})
+    assert describe_continuation(datasets, {"num_samples": {"train": 36}}) is None  # of 33 an epoch
+    text = describe_continuation(datasets, {"num_samples": {"train": 4000}})
     assert text is not None and "was laid out for 4000 samples and this one for 40: the order" in text
 
 
@@ -103,7 +103,7 @@ def test_a_run_on_other_data_than_its_checkpoints_says_so(parts: list[Path], tmp
         (tmp_path / "moved" / file.name).write_bytes(file.read_bytes())
     other = write(tmp_path / "other", 101)
     record = blended(parts, 0.7, a, 0.3, b).record
-    assert set(record) == {"train", "valid", "test", "training_data"} and 0 <= record["training_data"] < 2**63
+    assert record["num_samples"] == {"train": 40, "valid": 0, "test": 0} and 0 <= record["fingerprint"] < 2**63
     for same in (
         blended(parts, 7, tmp_path / "moved" / "a", 3, b),
         blended(parts, 0.7, a, 0.3, b, seed=9),
@@ -120,7 +120,7 @@ def test_a_run_on_other_data_than_its_checkpoints_says_so(parts: list[Path], tmp
     ):
         text = describe_continuation(changed, record)
         assert text is not None and "the training data is not that of the checkpoint: its files, their weights" in text
-        assert describe_continuation(changed, {"valid": 0}) is None  # of an older program
+        assert describe_continuation(changed, {"num_samples": {"valid": 0}}) is None  # of an older program
 
 
 def test_one_dataset_is_the_same_data_however_it_is_named(parts: list[Path]):
