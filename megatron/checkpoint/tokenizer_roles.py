@@ -124,8 +124,8 @@ def _renamed(token: str, place: str, roles: Mapping[str, str]) -> str:
     names = set(meant.values())
     if len(names) > 1:
         raise ConfigError(
-            f"--override_special_tokens: {' and '.join(meant)} share the token {token!r}, which the tokenizer's template puts "
-            f"{place} without saying which it means; give them one token, such as "
+            f"--override_special_tokens: {' and '.join(meant)} share the token {token!r}, which the tokenizer's "
+            f"template puts {place} without saying which it means; give them one token, such as "
             f"{' '.join(f'{role}={sorted(names - {token})[0]!r}' for role in meant)}."
         )
     return names.pop()

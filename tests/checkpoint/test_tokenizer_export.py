@@ -264,8 +264,8 @@ def test_a_template_that_leaves_open_which_role_it_means_is_refused(
         override_roles(with_template(single, pair), {f"{role}_token": "</s>" for role in roles}, {"eos": END})
     first, second = roles
     assert str(error.value) == (
-        f"--override_special_tokens: {first} and {second} share the token '</s>', which the tokenizer's template puts {place} "
-        f"without saying which it means; give them one token, such as {first}='{END}' {second}='{END}'."
+        f"--override_special_tokens: {first} and {second} share the token '</s>', which the tokenizer's template puts "
+        f"{place} without saying which it means; give them one token, such as {first}='{END}' {second}='{END}'."
     )
 
 
