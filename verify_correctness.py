@@ -77,7 +77,8 @@ def main(argv: list[str]) -> None:
         hidden_dtype=compute_dtype(run),
         sequence_parallel=run.parallel.sequence_parallel,
     )
-    is_correct, verdict = _judge(overall(comparisons), options.tolerance or _tolerance(run))
+    tolerance = _tolerance(run) if options.tolerance is None else options.tolerance
+    is_correct, verdict = _judge(overall(comparisons), tolerance)
     if topology.world.is_first:
         print(_report(run, topology, name, comparisons))
         print(verdict, file=sys.stdout if is_correct else sys.stderr, flush=True)

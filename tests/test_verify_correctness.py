@@ -213,6 +213,15 @@ def test_bf16_is_compared_with_bf16(native: Path, llama: Path) -> None:
     assert float(column(out, 1)[-1]) > 1e-3  # or it was fp32 after all
 
 
+def test_a_tolerance_of_zero_asks_for_equal_bits(damaged: Path, native: Path, llama: Path) -> None:
+    """Rounding differs between the programs, or does not: the verdict follows the error that is printed."""
+    for load, is_equal in ((damaged, False), (native, None)):
+        status, out, err = verify(arguments(load, llama, "--tolerance=0", "--train_iters=1"))
+        largest = float(column(out, 1)[-1])
+        assert ("beyond --tolerance 0;" in err) == (status == 1) == (largest > 0)
+        assert is_equal is None or is_equal == (status == 0)
+
+
 def test_what_cannot_be_compared_is_refused_before_any_process_waits(
     native: Path, llama: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
