@@ -18,6 +18,8 @@ from typing import Any
 from tqdm import tqdm
 
 from megatron.checkpoint.dtypes import WEIGHT_DTYPES
+from megatron.checkpoint.hf import CONFIG_FILE
+from megatron.checkpoint.hf_config import hf_config
 from megatron.checkpoint.hf_export import (
     DEFAULT_SHARD_BYTES,
     check_output_folder,
@@ -32,7 +34,7 @@ from megatron.checkpoint.tokenizer_roles import parse_overrides
 from megatron.checkpoint.tokenizer_source import ADDITIONS, tokenizer_of
 from megatron.cli import ArgumentParser, run_main, warn
 from megatron.errors import ConfigError
-from megatron.model.presets import MODEL_NAMES
+from megatron.model.presets import MODEL_NAMES, model_sizes, preset
 from megatron.tokenizer.protocol import Tokenizer
 
 UNITS: Mapping[str, int] = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
@@ -50,6 +52,7 @@ def main(argv: list[str]) -> None:
     dtype = None if args.dtype is None else WEIGHT_DTYPES[args.dtype]
     with TemporaryDirectory() as scratch:
         planned = plan_model_export(source, tokenizer, Path(scratch), dtype=dtype, overrides=overrides)
+        _check_family(source, planned, args.model)
         for message in planned.warnings():
             warn(message)
         _write(source, planned, args)
@@ -121,6 +124,16 @@ def _check_model_name(source: Source, asked_for: str | None) -> None:
     recorded = source.model_name()
     if asked_for is not None and recorded is not None and asked_for != recorded:
         raise ConfigError(f"--model {asked_for}: {source.path} holds a {recorded} model; drop --model or correct it.")
+
+
+def _check_family(source: Source, planned: ModelExport, asked_for: str | None) -> None:
+    """Not every format records a name. What `asked_for` was published as is the family of all its sizes."""
+    sizes = () if asked_for is None else model_sizes(asked_for)
+    if asked_for is None or not sizes:
+        return
+    expected = hf_config(preset(asked_for, sizes[0]), model_name=asked_for)["model_type"]
+    if (written := planned.weights.json_files[CONFIG_FILE]["model_type"]) != expected:
+        raise ConfigError(f"--model {asked_for}: {source.path} holds a {written} model; drop --model or correct it.")
 
 
 def _additions(args: argparse.Namespace) -> dict[str, Any]:

@@ -24,7 +24,7 @@ from megatron.checkpoint.source import CheckpointInfo, LocalTensor, RunState, To
 from megatron.core.sharding import Block, ShardSpec
 from megatron.core.topology import Axis
 from megatron.errors import CheckpointError, ConfigError, MegatronError, TokenizerError
-from megatron.model.presets import preset
+from megatron.model.presets import MODEL_NAMES, preset
 from megatron.tokenizer.build import build_tokenizer
 from megatron.tokenizer.config import TokenizerConfig
 from meta_folders import random_weights, save_meta
@@ -276,6 +276,18 @@ def test_another_model_than_recorded_is_refused(exporter, native, tmp_path):
         f"--model codellama: {native / 'iter_0000000'} holds a llama2 model; drop --model or correct it."
     )
     exporter.main([*map(str, arguments[:-1]), "llama2"])
+
+
+def test_another_family_than_is_written_is_refused_where_no_name_is_recorded(exporter, llama, tmp_path):
+    for name in MODEL_NAMES:
+        arguments = ["--input_dir", llama, "--output_dir", tmp_path / name, "--model", name]
+        if name in ("gpt", "llama", "llama2", "llama3", "codellama"):
+            exporter.main([*map(str, arguments)])
+            continue
+        assert message_of(exporter.main, *arguments) == (
+            f"--model {name}: {llama} holds a llama model; drop --model or correct it."
+        )
+        assert not (tmp_path / name).exists()
 
 
 def test_an_output_folder_that_holds_something_is_refused_before_anything_is_read(exporter, tmp_path):
