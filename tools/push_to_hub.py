@@ -10,6 +10,7 @@ where it was when the same command is given again. The token is the one of `hf a
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterable
 from pathlib import Path
 
 from huggingface_hub import HfApi
@@ -26,6 +27,8 @@ from megatron.errors import CheckpointError, ConfigError
 MAIN_BRANCH = "main"
 # What programs leave behind, which is nobody else's.
 HIDDEN = (".*", "*/.*", "*.tmp")
+# Loading one of these may run any program.
+PICKLED = (".bin", ".ckpt", ".pickle", ".pkl", ".pt", ".pth")
 
 
 def main(argv: list[str]) -> None:
@@ -33,6 +36,8 @@ def main(argv: list[str]) -> None:
     repository = _repository(args)
     token = _token(args)
     files = _files(args.folder)
+    if not args.unsafe:
+        _refuse_pickles(args.folder, files)
     size = tqdm.format_sizeof(sum(files.values()), "B")
     target = f"{repository}, branch {args.branch}"
     if args.dry_run:
@@ -63,7 +68,6 @@ def _parser() -> ArgumentParser:
             **dict.fromkeys(
                 ("rope_scaling_type", "rope_scaling_factor"), "is config.json's: an export has its model's."
             ),
-            "unsafe": "does not exist: pickled weights are not uploaded.",
             "trust_remote_code": "does not exist: no program that comes with a model is run.",
         },
     )
@@ -77,6 +81,9 @@ def _parser() -> ArgumentParser:
         "--token_file", type=Path, help="file with the token; default: that of `hf auth login` or HF_TOKEN"
     )
     parser.add_argument("--auth_token", help="the token itself; everybody on the machine can see it while this runs")
+    parser.add_argument(
+        "--unsafe", action="store_true", help=f"upload files that may be pickled, too: {', '.join(PICKLED)}"
+    )
     parser.add_argument(
         "--dry_run", action="store_true", help="check the folder, list what would be uploaded, and stop"
     )
@@ -120,16 +127,20 @@ def _files(folder: Path) -> dict[str, int]:
             "weights_conversion/megatron_to_hf.py."
         )
     HuggingFaceSource(folder)
-    if any(folder.glob("*.bin")):
-        raise CheckpointError(
-            f"{folder} holds pickled weights, which nobody should have to trust; write safetensors with "
-            "weights_conversion/megatron_to_hf.py and upload those."
-        )
     if not holds_tokenizer(folder):
         warn(f"{folder} has no tokenizer; add one, or export again with megatron_to_hf.py --vocab_file.")
     found = sorted(path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
     visible = [path for path in found if path.suffix != ".tmp" and not any(p.startswith(".") for p in path.parts)]
     return {path.as_posix(): (folder / path).stat().st_size for path in visible}
+
+
+def _refuse_pickles(folder: Path, files: Iterable[str]) -> None:
+    if pickled := [name for name in files if Path(name).suffix.lower() in PICKLED]:
+        more = f" and {len(pickled) - 3} more" if len(pickled) > 3 else ""
+        raise CheckpointError(
+            f"{folder} holds pickled files ({', '.join(pickled[:3])}{more}), which nobody should have to trust; write "
+            "safetensors with weights_conversion/megatron_to_hf.py and upload those, or give --unsafe."
+        )
 
 
 def _upload(api: HfApi, args: argparse.Namespace, repository: str, files: dict[str, int]) -> str:

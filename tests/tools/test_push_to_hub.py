@@ -211,14 +211,31 @@ def test_an_incomplete_model_is_not_uploaded(tool: ModuleType, hub: Hub, tmp_pat
     assert hub.calls == []
 
 
-def test_pickled_weights_are_not_uploaded(tool: ModuleType, hub: Hub, tmp_path: Path) -> None:
+def test_pickled_files_are_not_uploaded_unless_asked_for(
+    tool: ModuleType, hub: Hub, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     folder = save_llama(tmp_path / "tiny")
-    torch.save({}, folder / "optimizer.bin")
-    assert message_of(tool, folder, "somebody/tiny", kind=CheckpointError) == (
-        f"{folder} holds pickled weights, which nobody should have to trust; write safetensors with "
-        "weights_conversion/megatron_to_hf.py and upload those."
+    remedy = (
+        "which nobody should have to trust; write safetensors with weights_conversion/megatron_to_hf.py and upload "
+        "those, or give --unsafe."
+    )
+    (folder / "original").mkdir()
+    names = ["a.bin", "b.PT", "c.pkl", "d.ckpt", "original/e.pth"]
+    for name in names:
+        torch.save({}, folder / name)
+        assert message_of(tool, folder, "somebody/tiny", kind=CheckpointError) == (
+            f"{folder} holds pickled files ({name}), {remedy}"
+        )
+        (folder / name).rename(folder / ".hidden")
+    for name in names:
+        (folder / name).touch()
+    assert message_of(tool, folder, "somebody/tiny", "--dry_run", kind=CheckpointError) == (
+        f"{folder} holds pickled files (a.bin, b.PT, c.pkl and 2 more), {remedy}"
     )
     assert hub.calls == []
+    tool.main([str(folder), "somebody/tiny", "--unsafe", "--dry_run"])
+    listed = capsys.readouterr().out
+    assert all(f"  {name}\n" in listed for name in names)
 
 
 def test_a_missing_tokenizer_is_told(
@@ -241,7 +258,6 @@ def test_a_missing_tokenizer_is_told(
                 "is for megatron_to_hf.py: give the folder to its --input_dir and upload what it writes.",
             ),
             (("rope_scaling_type", "rope_scaling_factor"), "is config.json's: an export has its model's."),
-            (("unsafe",), "does not exist: pickled weights are not uploaded."),
             (("trust_remote_code",), "does not exist: no program that comes with a model is run."),
         ]
         for flag in flags
