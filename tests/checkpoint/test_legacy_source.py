@@ -399,6 +399,12 @@ DAMAGES: dict[str, tuple[Any, str]] = {
         lambda root: edit(rank_file(root), lambda s: encoder(s).update({KEY: torch.zeros(20, 13)})),
         f"encoder.{KEY} has shape [20, 13] in mp_rank_00_000, not [20, 14]",
     ),
+    "another dtype on one rank": (
+        lambda root: edit(
+            rank_file(root, "mp_rank_01_000"), lambda s: encoder(s).update({KEY: torch.zeros(20, 14).half()})
+        ),
+        f"encoder.{KEY} is torch.float16 in mp_rank_01_000, not torch.float32",
+    ),
     "a missing tensor": (
         lambda root: edit(rank_file(root), lambda s: encoder(s).pop(KEY)),
         f"encoder.{KEY} is missing in mp_rank_00_000",
@@ -554,6 +560,18 @@ def test_copies_may_hold_what_is_no_number(tmp_path):
     weights["final_norm.weight"][3] = float("nan")
     write_tree(tmp_path, LLAMA, weights, Spelling(tp=2))
     assert LegacySource(tmp_path).read("model.final_norm.weight", (0,), (20,)).isnan().sum() == 1
+
+
+def test_a_copy_of_another_dtype_is_none(tmp_path):
+    write_tree(tmp_path, GPT, random_weights(GPT), Spelling(pp=2))
+
+    def change(state: dict[str, Any]) -> None:
+        copy = state["model"]["word_embeddings_for_head"]
+        copy["weight"] = copy["weight"].double()
+
+    edit(rank_file(tmp_path, "mp_rank_00_001"), change)
+    with pytest.raises(CheckpointError, match="word_embeddings_for_head.weight in mp_rank_00_001 differs from"):
+        LegacySource(tmp_path).read("model.embedding.word.weight", (0, 0), (1, 20))
 
 
 @pytest.mark.parametrize("names", ["trainer", "megatron_core"])

@@ -157,6 +157,7 @@ class Inventory:
                 yield Place(kind, pipeline_rank, number, key, stored, part, shape, dtype)
 
     def _differences(self, pipeline_rank: int, number: int, expected: Mapping[str, StoredTensor]) -> Iterator[str]:
+        first = self.held[pipeline_rank, 0][number]
         for tensor_rank in range(self.tree.tp):
             where = self.tree.files[pipeline_rank, tensor_rank].parent.name
             held = self.held[pipeline_rank, tensor_rank][number]
@@ -169,6 +170,8 @@ class Inventory:
                 shape = stored.local_shape(self.tree.tp)
                 if key in held and held[key].shape != shape:
                     yield f"{key} has shape {list(held[key].shape)} in {where}, not {list(shape)}"
+                if key in held and key in first and held[key].dtype != first[key].dtype:
+                    yield f"{key} is {held[key].dtype} in {where}, not {first[key].dtype}"
 
 
 def take_inventory(tree: Tree) -> Inventory:

@@ -166,7 +166,7 @@ class LegacySource:
 
 def _is_same(one: Tensor, other: Tensor) -> bool:
     """A value that is no number is the same as another one."""
-    return torch.allclose(one, other, rtol=0, atol=0, equal_nan=True)
+    return one.dtype == other.dtype and torch.allclose(one, other, rtol=0, atol=0, equal_nan=True)
 
 
 def _true_vocab_size(path: Path, args: object, given: int | None, padded: int) -> tuple[int, tuple[str, ...]]:
