@@ -201,7 +201,7 @@ def dtype_of_run(source: Source) -> torch.dtype | None:
     """What the run that saved `source` computed in; None if no run did, but a conversion."""
     state = source.state()
     training = None if state is None else state.config.get("training")
-    if not isinstance(training, Mapping):
+    if not isinstance(training, Mapping) or "bf16" not in training:
         return None
     # Only runs of other programs know fp16.
     return torch.bfloat16 if training["bf16"] else torch.float16 if training.get("fp16") else torch.float32
