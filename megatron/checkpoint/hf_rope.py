@@ -21,7 +21,9 @@ _DEFAULT_THETA: Final = 10000.0
 
 
 def read_rope(config: Mapping[str, Any], max_position_embeddings: int, where: str) -> tuple[float, RopeScaling | None]:
-    """Theta and scaling, with the precedence transformers 5 has: the dictionary counts before the top level."""
+    """Theta and scaling, with the precedence transformers 5 has: the dictionary counts before the top level, but for
+    the original context.
+    """
     spelling = "rope_scaling" if config.get("rope_scaling") else "rope_parameters"
     rope: dict[str, Any] = {key: config.get(key) for key in ("rope_theta", "partial_rotary_factor")} | (
         config.get(spelling) or {}
@@ -50,7 +52,13 @@ def read_rope(config: Mapping[str, Any], max_position_embeddings: int, where: st
     if rope_type == "linear":
         return theta, RopeScaling("linear", numbers[0])
     context = rope.get("original_max_position_embeddings", max_position_embeddings)
+    # A model of transformers moves the outer number into the dictionary when it is built, whatever stands there.
     context = config.get("original_max_position_embeddings", context)
+    if type(context) is not int or context < 1:
+        raise CheckpointError(
+            f"{where}: original_max_position_embeddings is {context!r}, not a positive integer; "
+            "restore the model's own config.json."
+        )
     factor, low, high = numbers
     return theta, RopeScaling("llama3", factor, low, high, original_max_position_embeddings=context)
 

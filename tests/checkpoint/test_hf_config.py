@@ -181,6 +181,13 @@ def test_keys_that_old_files_lack_have_the_defaults_of_transformers():
             {"rope_parameters": {"full_attention": {"rope_type": "default"}}},
             "rope_parameters that differs between layers is not supported; use a model with linear or llama3 scaling.",
         ),
+        *(
+            (
+                {"rope_scaling": {**LLAMA3_ROPE, "original_max_position_embeddings": context}},
+                f"original_max_position_embeddings is {context!r}, not a positive integer; restore the model's own ",
+            )
+            for context in (None, "16", 0, True)
+        ),
         (
             {"partial_rotary_factor": 0.5},
             "partial_rotary_factor 0.5 is not supported; use a model that rotates whole heads.",
