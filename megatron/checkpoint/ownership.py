@@ -30,8 +30,8 @@ def owned(root: Path) -> Iterator[None]:
 
     The kernel drops the lock when its process ends, however it ends, so a dead run is never in the way. It is a
     record lock (fcntl) and not one of flock, because child processes would inherit that one, and one that outlives
-    a killed run would keep it. A file system without locks is a warning. A process must
-    not enter twice for one folder: leaving once frees it.
+    a killed run would keep it. A file system without locks is a warning. A process must not enter twice for one folder:
+    leaving once frees it.
     """
     with (root / LOCK_FILE).open("a+") as file:
         try:

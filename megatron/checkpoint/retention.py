@@ -29,9 +29,8 @@ def remove_old(saved: Path, retention: Retention) -> list[Path]:
 
     Valid is what `open_checked` finds so: manifest, and presence, size and header of every file, read back from the
     disk; the data is not read again. A damaged checkpoint does not count; one that this version of the program cannot
-    read does not count either, and never goes. Raises DamagedCheckpointError, and removes
-    nothing, if the new one is damaged. Iterations after `saved` belong to a run that was given up for an earlier
-    point: they neither count nor go.
+    read does not count either, and never goes. Raises DamagedCheckpointError, and removes nothing, if the new one is
+    damaged. Iterations after `saved` belong to a run that was given up for an earlier point: they neither count nor go.
     """
     open_checked(saved)
     root, iteration = saved.parent, int(saved.name.removeprefix("iter_"))

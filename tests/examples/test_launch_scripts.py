@@ -164,6 +164,8 @@ def test_what_ends_multi_node_lets_every_host_save_and_leave(tmp_path: Path, end
         env={**os.environ, **hosts, "REMOTE": command(tmp_path, "remote", REMOTE)},
         stdout=subprocess.PIPE,
         text=True,
+        # As from a terminal: a shell cannot trap a signal that was ignored when it started, as it is in the background.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     assert [script.stdout.readline() for _ in range(2)] == ["started\n"] * 2
     script.send_signal({"SIGINT": signal.SIGINT, "SIGTERM": signal.SIGTERM}.get(ending.split()[0], signal.SIGKILL))
