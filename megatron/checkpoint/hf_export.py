@@ -28,7 +28,7 @@ from megatron.checkpoint.hf_tensors import StoredTensor, stored_tensors
 from megatron.checkpoint.locate import EXPORT_PREFIX
 from megatron.checkpoint.placement import logical_shapes
 from megatron.checkpoint.source import MODEL, Source
-from megatron.durable import sync_folder
+from megatron.durable import sync_file, sync_folder
 from megatron.errors import CheckpointError, ConfigError
 
 DEFAULT_SHARD_BYTES = 5 * 10**9
@@ -184,8 +184,7 @@ def _put(staging: Path, place: Path) -> None:
     """Makes what `staging` holds durable, and then `place` of it."""
     files = sorted(staging.iterdir(), key=lambda file: file.name == CONFIG_FILE)
     for file in files:
-        with open(file, "rb") as written:
-            os.fsync(written.fileno())
+        sync_file(file)
     sync_folder(staging)
     if staging.parent != place:
         staging.rename(place)

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import filecmp
 import logging
-import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
 from megatron.checkpoint.locate import STAGING_PREFIX
 from megatron.checkpoint.tokenizer_files import holds_tokenizer, tokenizer_files
-from megatron.durable import sync_folder
+from megatron.durable import sync_file, sync_folder
 from megatron.errors import CheckpointError
 
 logger = logging.getLogger(__name__)
@@ -58,12 +57,12 @@ def _other_files(files: Mapping[str, Path], folder: Path) -> list[str]:
 
 def _copy(file: Path, target: Path) -> None:
     if target.exists() and _same(file, target):
-        _sync(target)  # whoever wrote it may have been stopped before it was durable
+        sync_file(target)  # whoever wrote it may have been stopped before it was durable
         return
     temporary = target.with_name(f"{STAGING_PREFIX}{target.name}")  # one name: what a crash leaves is written over
     try:
         shutil.copyfile(file, temporary)
-        _sync(temporary)
+        sync_file(temporary)
         temporary.replace(target)
     finally:
         temporary.unlink(missing_ok=True)
@@ -71,11 +70,3 @@ def _copy(file: Path, target: Path) -> None:
 
 def _same(one: Path, other: Path) -> bool:
     return filecmp.cmp(one, other, shallow=False)
-
-
-def _sync(file: Path) -> None:
-    descriptor = os.open(file, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
