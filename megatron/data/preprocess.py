@@ -18,10 +18,11 @@ from megatron.data.documents import Chunk, Position, is_plain_text, parse_chunk,
 from megatron.data.encoding import ChunkEncoder, EncodeBatch, EncodedChunk
 from megatron.data.indexed import best_dtype
 from megatron.data.inputs import check_inputs, identify_input
+from megatron.data.journal import Journal
 from megatron.data.ordered import map_in_order
 from megatron.data.preprocess_config import PreprocessConfig
 from megatron.data.sentences import split_sentences
-from megatron.data.unfinished import JOURNAL_INTERVAL_S, Journal, UnfinishedDatasets
+from megatron.data.unfinished import JOURNAL_INTERVAL_S, UnfinishedDatasets
 from megatron.errors import ConfigError, DataError, TokenizerError
 from megatron.tokenizer.gigatoken import FastTokenizerMismatch, FastTokenizerUnavailable, GigatokenEncoder
 from megatron.tokenizer.protocol import TokenArray, Tokenizer
@@ -240,17 +241,17 @@ def _journal_to_continue(datasets: UnfinishedDatasets, request: dict[str, Any], 
     journal = datasets.read_journal()
     if journal is None:
         return None
+    folders = " and ".join(map(str, datasets.folders))
     if not resume:
         raise ConfigError(
-            f"{datasets.folder} holds an interrupted run; continue it with --resume, or remove the folder to start "
-            "from nothing."
+            f"{folders}: an interrupted run; continue it with --resume, or remove {folders} to start from nothing."
         )
     # A run that ended at a bad line may go on without it.
     changed = [name for name in request if name != "--on_error" and journal.request.get(name) != request[name]]
     if changed:
         raise ConfigError(
-            f"--resume: {changed[0]} is not what it was when the run in {datasets.folder} was interrupted; give the "
-            "same command and files, or remove the folder to start from nothing."
+            f"--resume: {changed[0]} is not what it was when the run in {folders} was interrupted; give the same "
+            f"command and files, or remove {folders} to start from nothing."
         )
     return journal
 

@@ -1,22 +1,18 @@
 """Datasets while they are written: nothing of them has a name that a reader knows, and a killed run can go on.
 
-`<prefix>.unfinished/` holds what was written so far, and the journal, which says up to where it counts. Where a
-journal says that n bytes of a file count, these bytes were on disk before it was.
+`<prefix>.unfinished/` holds what was written so far, and the journal, which says up to where it counts.
 """
 
 from __future__ import annotations
 
 import contextlib
-import errno
-import fcntl
-import json
 import logging
 import os
 import shutil
 import time
+import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -26,30 +22,19 @@ from typing import IO, Any
 import numpy as np
 
 from megatron.data.encoding import EncodedTexts
+from megatron.data.file_lock import try_lock
 from megatron.data.index_file import CHUNK_SEQUENCES, write_index
+from megatron.data.journal import Journal, forget_journal, has_journal, read_journal, write_journal
 from megatron.durable import sync_folder
 from megatron.errors import DataError
 
-JOURNAL_VERSION = 1
 JOURNAL_INTERVAL_S = 15.0
 
 TOKENS, LENGTHS, BOUNDARIES = "tokens", "lengths", "boundaries"
 IDX = "idx"  # once all is written
 FILES = (TOKENS, LENGTHS, BOUNDARIES)
 
-# What flock says on file systems without locks (some NFS and Lustre mounts).
-_NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS)
-
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Journal:
-    """Up to where an earlier run came: its request, its own notes, and the bytes of each file that count."""
-
-    request: dict[str, Any]
-    notes: dict[str, Any]
-    num_bytes: tuple[dict[str, int], ...]
 
 
 class UnfinishedDatasets:
@@ -72,6 +57,7 @@ class UnfinishedDatasets:
         self._prefixes = tuple(prefixes)
         self._dtypes = tuple(dtypes)
         self._request = request
+        self._run = uuid.uuid4().hex
         self._interval_s, self._clock = journal_interval_s, clock
         self._written_s = clock()
         self._num_sequences: list[int] = []
@@ -86,34 +72,30 @@ class UnfinishedDatasets:
         return Path(f"{prefix}.unfinished")
 
     @property
-    def folder(self) -> Path:
-        """Where the journal is."""
-        return self.folder_of(self._prefixes[0])
+    def folders(self) -> tuple[Path, ...]:
+        """Where the datasets are until they have their names."""
+        return tuple(self.folder_of(prefix) for prefix in self._prefixes)
 
     def read_journal(self) -> Journal | None:
-        """The journal of an earlier run, None if there is none. Raises `DataError` for one that cannot be read."""
-        file = self.folder / "journal.json"
-        try:
-            content = json.loads(file.read_text())
-            if content["version"] != JOURNAL_VERSION:
-                raise ValueError(f"version {content['version']}")
-            return Journal(content["request"], content["notes"], tuple(content["num_bytes"]))
-        except (FileNotFoundError, NotADirectoryError):
-            return None
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise DataError(f"{file}: cannot be read ({error}); remove {self.folder} to start from nothing.") from error
+        """The journal of an earlier run of all the datasets, None if there is none.
+
+        Raises `DataError` for one that cannot be read, and where an earlier run wrote only some of them.
+        """
+        return read_journal(self.folders)
 
     def open(self, journal: Journal | None) -> None:
         """Starts from nothing, or from what `journal` says."""
         try:
             if journal is None:
-                self._forget()
-            sizes = [dict.fromkeys(FILES, 0)] * len(self._prefixes) if journal is None else journal.num_bytes
-            for prefix, size in zip(self._prefixes, sizes, strict=True):
-                self.folder_of(prefix).mkdir(parents=True, exist_ok=True)
+                forget_journal(self.folders)
+                sizes = [dict.fromkeys(FILES, 0)] * len(self._prefixes)
+            else:
+                self._run, sizes = journal.run, journal.num_bytes
+            for folder, size in zip(self.folders, sizes, strict=True):
+                folder.mkdir(parents=True, exist_ok=True)
                 if journal is None:
-                    (self.folder_of(prefix) / IDX).unlink(missing_ok=True)  # of an earlier run: not of these tokens
-                self._files.append({name: _open_at(self.folder_of(prefix) / name, size[name]) for name in FILES})
+                    (folder / IDX).unlink(missing_ok=True)  # of an earlier run: not of these tokens
+                self._files.append({name: _open_at(folder / name, size[name]) for name in FILES})
                 self._num_sequences.append(size[LENGTHS] // 4)
         except OSError as error:
             raise self._cannot_write(error) from error
@@ -121,7 +103,7 @@ class UnfinishedDatasets:
     def restart(self) -> None:
         """Throws away what was written, also by earlier runs."""
         self._wait()
-        self._forget()
+        forget_journal(self.folders)
         for files in self._files:
             for file in files.values():
                 file.seek(0)
@@ -146,15 +128,14 @@ class UnfinishedDatasets:
         """Makes all files durable and only then gives them their names, the .idx file of each pair last."""
         try:
             self._wait()
-            for prefix, dtype, files in zip(self._prefixes, self._dtypes, self._files, strict=True):
-                folder = self.folder_of(prefix)
+            for folder, dtype, files in zip(self.folders, self._dtypes, self._files, strict=True):
                 for file in files.values():
                     file.flush()
                 _flush_and_sync([files[TOKENS]])  # of the others only what the index repeats is kept
                 with open(folder / IDX, "wb", buffering=1 << 20) as idx:
                     _write_index(idx, folder, dtype)
                     _flush_and_sync([idx])
-            self._forget()  # files move one by one from here on: there is nothing to go on with
+            forget_journal(self.folders)  # files move one by one from here on: there is nothing to go on with
         except OSError as error:
             raise self._cannot_write(error) from error
         try:
@@ -176,17 +157,13 @@ class UnfinishedDatasets:
         for files in self._files:
             for file in files.values():
                 _close_quietly(file)
-        if (self.folder / "journal.json").exists():
-            if self._files:
-                logger.warning("%s keeps what is done; the same command with --resume goes on from there.", self.folder)
+        if self._files and has_journal(self.folders):
+            kept = " and ".join(map(str, self.folders))
+            logger.warning("%s: what is done is kept; the same command with --resume goes on from there.", kept)
         elif self._files and not self._is_naming:
-            for prefix in self._prefixes:
-                shutil.rmtree(self.folder_of(prefix), ignore_errors=True)
+            for folder in self.folders:
+                shutil.rmtree(folder, ignore_errors=True)
         self._locks.close()
-
-    def _forget(self) -> None:
-        """What was written before does not count any more."""
-        (self.folder / "journal.json").unlink(missing_ok=True)
 
     def _give_names(self) -> None:
         """What cannot be moved is kept."""
@@ -213,7 +190,7 @@ class UnfinishedDatasets:
                 folder = self.folder_of(prefix)
                 folder.mkdir(parents=True, exist_ok=True)
                 lock = locks.enter_context(open(folder / "lock", "ab"))
-                if not _try_lock(lock):
+                if try_lock(lock) is False:
                     raise DataError(
                         f"{prefix}: another process is writing this dataset; wait for it, or choose another "
                         "--output_prefix."
@@ -231,19 +208,14 @@ class UnfinishedDatasets:
             for file in files.values():
                 file.flush()
         num_bytes = [{name: file.tell() for name, file in files.items()} for files in self._files]
-        content = {"version": JOURNAL_VERSION, "request": self._request, "notes": notes, "num_bytes": num_bytes}
-        self._syncing = self._background.submit(self._sync_journal, json.dumps(content))
+        journal = Journal(self._run, self._request, notes, num_bytes)
+        self._syncing = self._background.submit(self._sync_journal, journal)
 
-    def _sync_journal(self, content: str) -> None:
+    def _sync_journal(self, journal: Journal) -> None:
         for files in self._files:
             for file in files.values():
                 os.fsync(file.fileno())
-        temporary = self.folder / "journal.tmp"
-        with open(temporary, "wb") as journal:
-            journal.write(content.encode())
-            _flush_and_sync([journal])
-        os.replace(temporary, self.folder / "journal.json")
-        sync_folder(self.folder)
+        write_journal(self.folders, journal)
 
     def _wait(self) -> None:
         if self._syncing is not None:
@@ -264,18 +236,6 @@ class UnfinishedDatasets:
             f"({error.strerror}), and a dataset that had it before may be gone. Nothing is lost of the new one: see to "
             f"the cause and {move}run again."
         )
-
-
-def _try_lock(lock: IO[bytes]) -> bool:
-    """False if another process holds it. A file system without locks is taken at its word."""
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError as error:
-        if error.errno not in _NO_LOCKS:
-            raise
-    return True
 
 
 def _remove_empty(folder: Path) -> None:

@@ -141,12 +141,12 @@ def interrupted(tmp_path: Path, corpus: Path, tokenizer: Tokenizer, caplog: pyte
     listen = Listeners(progress=_interrupt_after(40))
     with pytest.raises(Interruption):
         preprocess_files([corpus], {"text": tmp_path / "out"}, tokenizer, CONFIG, tell=listen, journal_interval_s=0.0)
-    assert f"{tmp_path}/out.unfinished keeps what is done; the same command with --resume goes on" in caplog.text
+    assert f"{tmp_path}/out.unfinished: what is done is kept; the same command with --resume goes on" in caplog.text
     return tmp_path / "out.unfinished"
 
 
 def test_work_is_not_thrown_away_without_a_word(tmp_path, corpus, tokenizer, interrupted):
-    with pytest.raises(ConfigError, match=r"out\.unfinished holds an interrupted run; continue it with --resume, or"):
+    with pytest.raises(ConfigError, match=r"out\.unfinished: an interrupted run; continue it with --resume, or remove"):
         preprocess_files([corpus], {"text": tmp_path / "out"}, tokenizer, CONFIG)
     assert (interrupted / "journal.json").exists()
 
@@ -154,7 +154,7 @@ def test_work_is_not_thrown_away_without_a_word(tmp_path, corpus, tokenizer, int
 def test_a_run_of_another_request_is_not_continued(tmp_path, corpus, model_file, tokenizer, interrupted):
     prefixes = {"text": tmp_path / "out"}
     other = build_tokenizer(TokenizerConfig(tokenizer_model=str(model_file), vocab_extra_ids=1))
-    again = "is not what it was when the run in .*; give the same command and files, or remove the folder"
+    again = "is not what it was when the run in .*; give the same command and files, or remove .*unfinished to start"
     for config, tokenizer_now, name in (
         (replace(RESUME, append_eod=False), tokenizer, "--append_eod"),
         (replace(RESUME, prepend_bos=True), tokenizer, "--prepend_bos"),
@@ -203,7 +203,7 @@ def test_a_run_beside_one_with_a_journal_is_told_to_wait_and_not_to_remove_it(tm
         running.open(None)
         running.append([_documents(1)], dict)
         running._wait()
-        assert (running.folder / "journal.json").exists()
+        assert (running.folders[0] / "journal.json").exists()
         for config in (CONFIG, RESUME):
             with pytest.raises(DataError, match="another process is writing this dataset; wait for it"):
                 preprocess_files([corpus], {"text": tmp_path / "out"}, tokenizer, config)
