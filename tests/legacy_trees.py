@@ -48,6 +48,18 @@ FALCON_7B = ModelConfig(
 FALCON_40B = dataclasses.replace(FALCON_7B, num_attention_heads_kv=2, parallel_layernorm=True)
 GPT = ModelConfig(**_SIZES, qkv_bias=True, attention_output_bias=True, mlp_bias=True, mlp_activation="gelu_tanh")
 GPT_ROTARY = dataclasses.replace(GPT, position_embedding_type="rotary", glu_activation="geglu", mlp_activation="gelu")
+BERT = ModelConfig(
+    **_SIZES,
+    use_post_ln=True,
+    bidirectional=True,
+    embedding_layernorm=True,
+    bert_head=True,
+    num_token_types=2,
+    layernorm_epsilon=1e-12,
+    qkv_bias=True,
+    attention_output_bias=True,
+    mlp_bias=True,
+)
 
 # The modules of a layer, in the order in which the programs register them.
 _MODULES = (
@@ -117,7 +129,12 @@ def rank_tensors(model: ModelConfig, weights: Weights, spelling: Spelling, p: in
 
 
 def recorded_args(model: ModelConfig, spelling: Spelling) -> dict[str, Any]:
-    """What Megatron-LLM records."""
+    """What Megatron-LLM records, of a BERT what Megatron-LM does."""
+    of_bert = {
+        "apply_residual_connection_post_layernorm": True,
+        "bert_binary_head": True,
+        "position_embedding_type": "learned_absolute",
+    }
     return {
         "num_layers": model.num_layers,
         "hidden_size": model.hidden_size,
@@ -148,6 +165,7 @@ def recorded_args(model: ModelConfig, spelling: Spelling) -> dict[str, Any]:
         "pipeline_model_parallel_size": spelling.pp,
         "consumed_train_samples": 6400,
         "seed": 1234,
+        **(of_bert if model.bert_head else {}),
     }
 
 
@@ -159,7 +177,9 @@ def _shapes(model: ModelConfig) -> Iterable[tuple[str, tuple[int, ...]]]:
     yield "embedding.word.weight", (model.vocab_size, h)
     if model.position_embedding_type == "absolute":
         yield "embedding.position.weight", (model.max_position_embeddings, h)
-    norms = ["final_norm"]
+    if model.bert_head:
+        yield from _shapes_of_bert(model)
+    norms = ["embedding.norm", "head.norm"] if model.bert_head else ["final_norm"]
     for i in range(model.num_layers):
         norms += [f"layers.{i}.attention_norm"] + [f"layers.{i}.mlp_norm"] * has_mlp_norm
         linears = {f"attention.{part}": (n, h, model.qkv_bias) for part, n in rows.items()}
@@ -179,6 +199,14 @@ def _shapes(model: ModelConfig) -> Iterable[tuple[str, tuple[int, ...]]]:
         yield "head.weight", (model.vocab_size, h)
 
 
+def _shapes_of_bert(model: ModelConfig) -> Iterable[tuple[str, tuple[int, ...]]]:
+    yield "embedding.token_type.weight", (model.num_token_types, model.hidden_size)
+    yield "head.bias", (model.vocab_size,)
+    for name, rows in (("pooler", model.hidden_size), ("head.transform", model.hidden_size), ("next_sentence", 2)):
+        yield f"{name}.weight", (rows, model.hidden_size)
+        yield f"{name}.bias", (rows,)
+
+
 def _chunk(
     model: ModelConfig, weights: Weights, spelling: Spelling, t: int, layers: range, is_first: bool, is_last: bool
 ) -> Weights:
@@ -187,8 +215,12 @@ def _chunk(
         flat["embedding.word_embeddings.weight"] = _padded(weights["embedding.word.weight"], spelling).chunk(tp)[t]
         if model.position_embedding_type == "absolute":
             flat["embedding.position_embeddings.weight"] = weights["embedding.position.weight"]
+        if model.bert_head:
+            flat["embedding.tokentype_embeddings.weight"] = weights["embedding.token_type.weight"]
     for local, i in enumerate(layers):
         own = {name.removeprefix(f"layers.{i}."): w for name, w in weights.items() if name.startswith(f"layers.{i}.")}
+        if model.bert_head:
+            own |= _norms_of_bert(weights, i)
         tensors = {leaf: _layer(model, own, spelling, leaf, t) for leaf in ("weight", "bias")}
         for module in _MODULES:
             for leaf in ("weight", "bias"):
@@ -196,13 +228,40 @@ def _chunk(
                     flat[f"encoder.layers.{local}.{module}.{leaf}"] = tensor
     if is_last:
         for leaf in ("weight",) if model.use_rms_norm else ("weight", "bias"):
-            flat[f"encoder.final_layernorm.{leaf}"] = weights[f"final_norm.{leaf}"]
+            last = f"layers.{model.num_layers - 1}.mlp_norm" if model.bert_head else "final_norm"
+            flat[f"encoder.final_layernorm.{leaf}"] = weights[f"{last}.{leaf}"]
+        if model.bert_head:
+            flat |= _heads_of_bert(weights, spelling, t)
         if not model.tie_embed_logits:
             flat["lm_head"] = _padded(weights["head.weight"], spelling).chunk(tp)[t]
         elif not is_first:
             table = _padded(weights["embedding.word.weight"], spelling).chunk(tp)[t]
             flat["word_embeddings_for_head.weight"] = table
     return {key: tensor.clone() for key, tensor in flat.items()}
+
+
+def _norms_of_bert(weights: Weights, layer: int) -> Weights:
+    """Each norm is stored with what reads it: that of the embedding, or of the MLP one layer down, with attention."""
+    before = f"layers.{layer - 1}.mlp_norm" if layer else "embedding.norm"
+    own = {f"attention_norm.{leaf}": weights[f"{before}.{leaf}"] for leaf in ("weight", "bias")}
+    behind = f"layers.{layer}.attention_norm"
+    return own | {f"mlp_norm.{leaf}": weights[f"{behind}.{leaf}"] for leaf in ("weight", "bias")}
+
+
+def _heads_of_bert(weights: Weights, spelling: Spelling, t: int) -> Weights:
+    bias = weights["head.bias"]
+    padded = torch.cat([bias, bias[-1:].expand(spelling.padded - len(bias))])
+    return {
+        "pooler.dense.weight": weights["pooler.weight"],
+        "pooler.dense.bias": weights["pooler.bias"],
+        "lm_head.bias": padded.chunk(spelling.tp)[t],
+        "lm_head.dense.weight": weights["head.transform.weight"],
+        "lm_head.dense.bias": weights["head.transform.bias"],
+        "lm_head.layernorm.weight": weights["head.norm.weight"],
+        "lm_head.layernorm.bias": weights["head.norm.bias"],
+        "binary_head.weight": weights["next_sentence.weight"],
+        "binary_head.bias": weights["next_sentence.bias"],
+    }
 
 
 def _layer(model: ModelConfig, own: Weights, spelling: Spelling, leaf: str, t: int) -> dict[str, Tensor | None]:
@@ -263,6 +322,9 @@ def _spelled(flat: Weights, names: str) -> dict[str, Any]:
             language_model[key] = tensor
         elif key.startswith("word_embeddings_for_head"):
             state["word_embeddings_for_head"] = {"weight": tensor}
+        elif key.startswith(("lm_head.", "binary_head.", "pooler.")):
+            module, leaf = key.split(".", 1)
+            (language_model if module == "pooler" else state).setdefault(module, {})[leaf] = tensor
         elif key.startswith("embedding."):
             embedding = language_model.setdefault("embedding", {})
             _, table, leaf = key.split(".")

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from legacy_trees import (
+    BERT,
     FALCON_40B,
     GPT,
     LLAMA,
@@ -56,14 +57,18 @@ def module_of(flat: Weights, *, head_is_parameter: bool) -> nn.Module:
     """A rank's model chunk, registered in the programs' order: torch itself says how its parameters are numbered."""
     root = Holder()
     root.add_module("language_model", Holder())
-    for key, tensor in flat.items():
+    # The heads of a BERT are made when everything else is, and stored before the copy of the embedding.
+    bert_heads = [key for key in flat if key.startswith(("lm_head.", "binary_head."))]
+    for key in [*(key for key in flat if key not in bert_heads), *bert_heads]:
         if key == "lm_head":
             path = ["language_model", "lm_head"] if head_is_parameter else ["language_model", "output_layer", "weight"]
         elif key == "word_embeddings_for_head.weight":
             path = ["word_embeddings", "weight"]
+        elif key in bert_heads:
+            path = key.split(".")
         else:
             path = ["language_model", *key.split(".")]
-        root.hold(path, tensor)
+        root.hold(path, flat[key])
     return root
 
 
@@ -118,7 +123,7 @@ def edit(file: Path, change: Any) -> None:
     [Spelling(), Spelling(tp=2, pp=2), Spelling(tp=2, pp=2, virtual=2)],
     ids=["TP1", "TP2 PP2", "interleaved"],
 )
-@pytest.mark.parametrize("model", [LLAMA, FALCON_40B, GPT], ids=["llama", "falcon 40b", "gpt"])
+@pytest.mark.parametrize("model", [LLAMA, FALCON_40B, GPT, BERT], ids=["llama", "falcon 40b", "gpt", "bert"])
 def test_masters_and_moments_are_read_as_logical_tensors(tmp_path, model, spelling, dtype):
     expected = write_trained(tmp_path, model, spelling, dtype=dtype)
     source = open_source(tmp_path)

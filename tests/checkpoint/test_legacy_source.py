@@ -19,6 +19,7 @@ import pytest
 import torch
 
 from legacy_trees import (
+    BERT,
     FALCON_7B,
     FALCON_40B,
     GPT,
@@ -48,6 +49,7 @@ MODELS = {
     "falcon 40b": FALCON_40B,
     "gpt": GPT,
     "gpt, rotary and gated": GPT_ROTARY,
+    "bert": BERT,
 }
 SPELLINGS = {
     "TP1": Spelling(),
@@ -89,7 +91,7 @@ def test_one_key_head_for_all_queries_is_read_from_one_tensor_rank(tmp_path, pp)
 
 @pytest.mark.parametrize("tp", [1, 2])
 @pytest.mark.parametrize("version", [0, 1.0, 2.0, 3.0])
-@pytest.mark.parametrize("model", [MULTI_HEAD, LLAMA, GPT], ids=["multi-head", "grouped", "biases"])
+@pytest.mark.parametrize("model", [MULTI_HEAD, LLAMA, GPT, BERT], ids=["multi-head", "grouped", "biases", "bert"])
 def test_each_version_has_its_order_of_queries_keys_and_values(tmp_path, model, version, tp):
     weights = random_weights(model)
     write_tree(tmp_path, model, weights, Spelling(tp=tp, version=version))
@@ -342,6 +344,10 @@ def test_what_a_run_recorded_besides_weights_is_kept(tmp_path):
                 tokenizer_type="GPT2BPETokenizer", tokenizer_model="/gone/v.json", merge_file="/gone/m.txt"
             ),
         ),
+        (
+            {"tokenizer_type": "BertWordPieceCase", "vocab_file": "/gone/vocab.txt"},
+            TokenizerConfig(tokenizer_type="BertWordPieceCase", tokenizer_model="/gone/vocab.txt"),
+        ),
         ({"tokenizer_type": "MultimodalTokenizer", "tokenizer_model": "name"}, None),
         ({"tokenizer_type": ["odd"], "vocab_file": 3}, None),
     ],
@@ -419,7 +425,7 @@ DAMAGES: dict[str, tuple[Any, str]] = {
     ),
     "no embedding": (
         lambda root: edit(rank_file(root), lambda s: s["model"]["language_model"].pop("embedding")),
-        "holds no embedding.word_embeddings.weight, which the first stage of a decoder model has",
+        "holds no embedding.word_embeddings.weight, which the first stage of a language model has",
     ),
     "another padding": (
         lambda root: edit(rank_file(root), lambda s: s["args"].__dict__.update(padded_vocab_size=384)),

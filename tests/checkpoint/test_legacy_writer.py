@@ -15,6 +15,7 @@ from torch import Tensor
 
 from hf_folders import FAMILIES, loaded_config, save_family, stored_tensors
 from legacy_trees import (
+    BERT,
     FALCON_7B,
     FALCON_40B,
     GPT,
@@ -28,8 +29,11 @@ from legacy_trees import (
 )
 from megatron.checkpoint import RunState, open_source
 from megatron.checkpoint.hf_export import plan_export, split_by_size, write_hf_folder
+from megatron.checkpoint.importing import import_weights
 from megatron.checkpoint.legacy import LegacySource, LegacyTreePlan, plan_legacy_tree, write_legacy_tree, writer
 from megatron.checkpoint.legacy.recording import beyond_megatron_llm
+from megatron.checkpoint.native import NativeSource
+from megatron.checkpoint.reshard import plan_resharding, reshard
 from megatron.checkpoint.source import TokenizerIdentity
 from megatron.checkpoint.unpickle import read_torch_file
 from megatron.core.layout import ParallelLayout
@@ -82,6 +86,7 @@ MODELS = {
     "falcon 40b": FALCON_40B,
     "gpt": GPT,
     "gpt, rotary and gated": GPT_ROTARY,
+    "bert": BERT,
 }
 
 
@@ -321,26 +326,20 @@ def test_a_write_that_fails_leaves_nothing_behind(tmp_path, monkeypatch):
     assert [path.name for path in tmp_path.iterdir() if path.name != ".lock"] == []
 
 
-DECODERS = [name for name, config in FAMILIES.items() if config["model_type"] != "bert"]
-
-
-@pytest.mark.parametrize("name", sorted(FAMILIES.keys() - set(DECODERS)))
-def test_a_bert_is_no_tree(tmp_path, name):
-    """That of Megatron-LM has its norms before the blocks, and none behind the embedding."""
-    source = open_source(save_family(tmp_path / "hf", name))
-    with pytest.raises(CheckpointError, match="holds a BERT, or norms after its blocks, and a tree holds a decoder"):
-        plan_legacy_tree(source, ParallelLayout())
-
-
-@pytest.mark.parametrize("name", DECODERS)
-def test_every_decoder_goes_from_hugging_face_through_a_tree_and_back_bit_for_bit(tmp_path, name):
-    original = save_family(tmp_path / "hf", name, dtype=torch.bfloat16)
-    source = open_source(original)
+@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("dtype, num_chunks", [(torch.bfloat16, 2), (torch.float32, 1)], ids=["bf16, virtual", "fp32"])
+def test_every_family_goes_from_hugging_face_through_a_tree_and_back_bit_for_bit(tmp_path, name, dtype, num_chunks):
+    original = save_family(tmp_path / "hf", name, dtype=dtype)
+    import_weights(open_source(original), tmp_path / "native", model_name=name.split()[0], on_bytes=lambda _: None)
+    source = open_source(tmp_path / "native")
+    assert isinstance(source, NativeSource)
     tp = 1 if source.model_config().num_attention_heads_kv == 1 else 2
-    write_legacy_tree(plan_legacy_tree(source, ParallelLayout(tp=tp, pp=2), num_chunks=2), tmp_path / "tree")
-    returned = open_source(tmp_path / "tree")
-    assert isinstance(returned, LegacySource)
-    assert returned.model_config() == source.model_config()
+    write_legacy_tree(plan_legacy_tree(source, ParallelLayout(tp=tp, pp=2), num_chunks=num_chunks), tmp_path / "tree")
+    tree = open_source(tmp_path / "tree")
+    assert isinstance(tree, LegacySource)
+    assert tree.model_config() == source.model_config()
+    reshard(plan_resharding(tree, ParallelLayout(tp=tp)), tmp_path / "again", on_bytes=lambda _: None)
+    returned = open_source(tmp_path / "again")
     export = plan_export(returned)
     parts = split_by_size(export.tensors, 10**9)
     write_hf_folder(returned, export, parts, tmp_path / "back", other_files={}, on_bytes=lambda _: None)

@@ -20,8 +20,9 @@ from tiny_tokenizers import TEXT, write_huggingface
 REPOSITORY = Path(__file__).parents[2]
 # A generation of each family that its weights could belong to.
 MODEL_NAMES = {"llama": "llama2", "llama 3.2": "llama3"}
-# The models that Megatron-LLM's own trees can hold, and TP x PP of the tree, where one key/value head cannot be cut.
-LEGACY = {"llama": (2, 2), "mistral": (2, 2), "falcon 7b": (1, 4), "falcon 40b": (2, 2)}
+# Models that Megatron-LLM, or for a BERT Megatron-LM, has a program for, and TP x PP of the tree,
+# where one key/value head cannot be cut.
+LEGACY = {"llama": (2, 2), "mistral": (2, 2), "falcon 7b": (1, 4), "falcon 40b": (2, 2), "bert": (2, 2)}
 
 
 def main_of(script: str) -> Callable[..., None]:

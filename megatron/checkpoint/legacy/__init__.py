@@ -2,8 +2,8 @@
 
 ``<root>/{iter_0000100,release}/mp_rank_TT[_PPP]/model_optim_rng.pt`` beside ``latest_checkpointed_iteration.txt``.
 `tree` finds the files, `keys` knows their spellings, `conventions` and `arguments` what the recorded command line
-means, `tensors` which rows of which stored tensor a logical one is made of. `source` reads by these; `target` plans a
-tree and `writer` writes it.
+means, `bert` which BERT of theirs is the one here, `tensors` which rows of which stored tensor a logical one is made
+of. `source` reads by these; `target` plans a tree and `writer` writes it.
 """
 
 from megatron.checkpoint.legacy.source import LegacySource

@@ -15,6 +15,7 @@ from typing import Any, Final
 
 import torch
 
+from megatron.checkpoint.legacy import bert
 from megatron.checkpoint.legacy.conventions import Conventions, QkvOrder
 from megatron.checkpoint.legacy.keys import HEAD, layer_key
 from megatron.checkpoint.legacy.recording import recorded_model
@@ -87,16 +88,20 @@ class Recorded:
             "learned_absolute",
         )
 
-    def model_config(self, keys: Collection[str], vocab_size: int) -> ModelConfig:
+    def model_config(self, keys: Collection[str], vocab_size: int, *, num_token_types: int = 0) -> ModelConfig:
         """The model, `keys` being those of its tensors. Raises CheckpointError naming what is absent or unsupported."""
         if recorded := recorded_model(self.args, self.where):
             return dataclasses.replace(recorded, vocab_size=vocab_size)
-        self._check_supported()
+        is_bert = bert.is_bert(keys)
+        if is_bert:
+            bert.check_bert(self.args, keys, self.where)
+        self._check_supported({**_SUPPORTED, **bert.SUPPORTED} if is_bert else _SUPPORTED)
         try:
             model = ModelConfig(
                 **self._sizes(vocab_size),
                 **self._block(keys),
                 **self._positions(),
+                **(bert.bert_fields(num_token_types) if is_bert else {}),
                 hidden_dropout=float(self._value("hidden_dropout", 0.0)),
                 attention_dropout=float(self._value("attention_dropout", 0.0)),
                 init_method_std=float(self._value("init_method_std", 0.02)),
@@ -217,8 +222,8 @@ class Recorded:
             return not self.args.untie_embeddings_and_output_weights
         return bool(self._value("tie_embed_logits", HEAD not in keys))
 
-    def _check_supported(self) -> None:
-        for name, values in _SUPPORTED.items():
+    def _check_supported(self, supported: Mapping[str, tuple[object, ...]]) -> None:
+        for name, values in supported.items():
             value = self._value(name)
             if value not in values:
                 raise CheckpointError(

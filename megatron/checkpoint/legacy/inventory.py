@@ -12,7 +12,7 @@ from typing import Any, Final
 import torch
 
 from megatron.checkpoint.legacy.arguments import Recorded
-from megatron.checkpoint.legacy.keys import EMBEDDING, HEAD, HEAD_COPY, num_layers
+from megatron.checkpoint.legacy.keys import EMBEDDING, HEAD, HEAD_COPY, TOKEN_TYPES, num_layers
 from megatron.checkpoint.legacy.optimizer import (
     DISTRIBUTED_OPTIMIZER,
     Chunks,
@@ -91,6 +91,12 @@ class Inventory:
         return self.held[0, 0][0][EMBEDDING].shape[0] * self.tree.tp
 
     @property
+    def num_token_types(self) -> int:
+        """0 without such a tensor."""
+        held = self.held[0, 0][0].get(TOKEN_TYPES)
+        return 0 if held is None else held.shape[0]
+
+    @property
     def keys(self) -> set[str]:
         return {key for chunks in self.held.values() for chunk in chunks for key in chunk}
 
@@ -109,7 +115,7 @@ class Inventory:
         """`model` is that of the first file. Raises CheckpointError if another's arguments describe another one."""
         keys, first = self.keys, self.recorded[0, 0]
         for rank, recorded in self.recorded.items():
-            own = recorded.model_config(keys, model.vocab_size)
+            own = recorded.model_config(keys, model.vocab_size, num_token_types=self.num_token_types)
             pairs = {
                 "checkpoint_version": (recorded.version, first.version),
                 **{name: (getattr(recorded.args, name, None), getattr(first.args, name, None)) for name in _COMPARED},
@@ -235,7 +241,7 @@ def _mixed(tree: Tree, file: Path, differences: list[str]) -> CheckpointError:
 def _check_vocabulary(inventory: Inventory) -> None:
     first, file = inventory.held[0, 0][0], inventory.tree.files[0, 0]
     if EMBEDDING not in first or len(first[EMBEDDING].shape) != 2:
-        raise CheckpointError(f"{file} holds no {EMBEDDING}, which the first stage of a decoder model has.")
+        raise CheckpointError(f"{file} holds no {EMBEDDING}, which the first stage of a language model has.")
     recorded = getattr(inventory.recorded[0, 0].args, "padded_vocab_size", None)
     if recorded not in (None, inventory.padded_vocab_size):
         raise CheckpointError(
@@ -247,6 +253,6 @@ def _check_vocabulary(inventory: Inventory) -> None:
 def _logical_shape(stored: StoredTensor, part: Part, model: ModelConfig) -> tuple[int, ...]:
     if part.rows is not None:
         return (len(part.rows), *stored.shape[1:])
-    if part.name in ("embedding.word.weight", "head.weight"):
+    if part.name in ("embedding.word.weight", "head.weight", "head.bias"):
         return (model.vocab_size, *stored.shape[1:])
     return stored.shape

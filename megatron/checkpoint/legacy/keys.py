@@ -15,13 +15,16 @@ from torch import Tensor
 HEAD: Final = "lm_head"
 EMBEDDING: Final = "embedding.word_embeddings.weight"
 HEAD_COPY: Final = "word_embeddings_for_head.weight"
+# Of a BERT, whose head has tensors of its own before the projection to the vocabulary.
+TOKEN_TYPES: Final = "embedding.tokentype_embeddings.weight"
+HEAD_MODULE: Final = "lm_head."
 
 # (pattern, its place in the one spelling), applied one after the other.
 _SPELLINGS: Final = (
     (r"^(module\.)+", ""),
     (r"^language_model\.", ""),
     (r"^word_embeddings\.", "embedding.word_embeddings."),
-    (r"^position_embeddings\.", "embedding.position_embeddings."),
+    (r"^(position|tokentype)_embeddings\.", r"embedding.\1_embeddings."),
     (r"^(transformer|decoder)\.", "encoder."),
     (r"^(output_layer|lm_head)\.weight$", HEAD),
     (r"\.attention\.", ".self_attention."),
@@ -33,6 +36,7 @@ _SPELLINGS: Final = (
     (r"\.mlp\.linear_fc2\.", ".mlp.dense_4h_to_h."),
     (r"\.pre_mlp_layernorm\.", ".post_attention_layernorm."),
     (r"\.(input|post_attention|mlp|final)_norm\.", r".\1_layernorm."),
+    (r"^lm_head\.norm\.", "lm_head.layernorm."),
 )
 # Tables that follow from the configuration, and states of libraries' kernels.
 _IGNORED: Final = re.compile(r"(^|\.)(inv_freq|_extra_state)$")
@@ -65,9 +69,12 @@ def nested(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
             result["word_embeddings_for_head"] = {"weight": tensor}
         elif key.startswith("encoder."):
             language_model.setdefault("encoder", {})[key.removeprefix("encoder.")] = tensor
-        else:
+        elif key.startswith("embedding."):
             embedding, table, leaf = key.split(".")
             language_model.setdefault(embedding, {}).setdefault(table, {})[leaf] = tensor
+        else:
+            module, leaf = key.split(".", 1)
+            (language_model if module == "pooler" else result).setdefault(module, {})[leaf] = tensor
     return result
 
 

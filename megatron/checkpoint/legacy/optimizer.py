@@ -2,7 +2,8 @@
 
 A file numbers parameters: first the matrices, which decay, then the vectors, each in the order in which modules were
 registered. That is the order of the keys in the file, but for a head that is a parameter of the whole language model:
-it comes first. Masters in fp32, which exist beside half-precision weights, prove the order by their values.
+it comes first; and for the heads of a BERT, which come behind the last stage's copy of the embedding. Masters in fp32,
+which exist beside half-precision weights, prove the order by their values.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-from megatron.checkpoint.legacy.keys import HEAD
+from megatron.checkpoint.legacy.keys import HEAD, HEAD_COPY, HEAD_MODULE
 from megatron.checkpoint.source import MODEL
 
 # The tensors that an optimizer keeps for every parameter -> its name.
@@ -123,7 +124,18 @@ def _named_parameters(chunks: Chunks, *, head_first: bool) -> Iterator[tuple[int
     for number, chunk in enumerate(chunks):
         if head_first:
             yield from ((number, key) for key in chunk if key == HEAD)
-        yield from ((number, key) for key in chunk if not (head_first and key == HEAD))
+        yield from ((number, key) for key in _registered(chunk) if not (head_first and key == HEAD))
+
+
+def _registered(chunk: Mapping[str, Tensor]) -> Iterator[str]:
+    """The keys with the copy of the embedding before a BERT's heads, behind which it is stored."""
+    copy = [key for key in chunk if key == HEAD_COPY]
+    for key in chunk:
+        if copy and key.startswith((HEAD_MODULE, "binary_head.")):
+            yield copy.pop()
+        if key != HEAD_COPY:
+            yield key
+    yield from copy
 
 
 def _masters(saved: Mapping[str, Any], chunks: Chunks, order: Sequence[tuple[int, str]]) -> list[Tensor]:

@@ -11,7 +11,8 @@ from typing import Any, Final
 import torch
 
 from megatron.checkpoint.hf import carried_files
-from megatron.checkpoint.legacy.tokenizers import tokenizer_arguments
+from megatron.checkpoint.legacy.bert import bert_arguments
+from megatron.checkpoint.legacy.tokenizers import tokenizer_arguments, wordpiece_arguments
 from megatron.checkpoint.source import Source
 from megatron.core.layout import ParallelLayout
 from megatron.errors import CheckpointError, ConfigError
@@ -40,14 +41,16 @@ def arguments_of(
     model, state = source.model_config(), source.state()
     per_stage = model.num_layers // (layout.pp * num_chunks)
     return Namespace(
-        **_model_arguments(model),
+        **{**_model_arguments(model), **(bert_arguments(model) if model.bert_head else {})},
         **{MODEL_ARGUMENT: dataclasses.asdict(model), CARRIED_ARGUMENT: carried_files(source)},
         model_name=model_name,
         padded_vocab_size=padded_vocab_size,
         vocab_size=model.vocab_size,
         make_vocab_size_divisible_by=vocabulary_multiple,
-        tokenizer_type=_TOKENIZERS.get(model_name or "", "SentencePieceTokenizer"),
-        **tokenizer_arguments(source),
+        **{
+            "tokenizer_type": _TOKENIZERS.get(model_name or "", "SentencePieceTokenizer"),
+            **(wordpiece_arguments(source) if model.bert_head else tokenizer_arguments(source)),
+        },
         tensor_model_parallel_size=layout.tp,
         pipeline_model_parallel_size=layout.pp,
         num_layers_per_virtual_pipeline_stage=per_stage if num_chunks > 1 else None,
@@ -61,7 +64,10 @@ def arguments_of(
 
 
 def beyond_megatron_llm(model: ModelConfig) -> list[str]:
-    """What Megatron-LLM does not compute, so that it refuses the tree or computes something else from it."""
+    """What Megatron-LLM does not compute, so that it refuses the tree or computes something else from it.
+
+    Of a BERT, which Megatron-LLM has no program for, what Megatron-LM does not compute.
+    """
     biases = (model.qkv_bias, model.attention_output_bias, model.mlp_bias)
     own_head_width = model.kv_channels * model.num_attention_heads != model.hidden_size
     beyond = {
@@ -73,6 +79,9 @@ def beyond_megatron_llm(model: ModelConfig) -> list[str]:
         "gelu_tanh without a bias": model.mlp_activation == "gelu_tanh" and not model.mlp_bias,
         "rope scaling other than linear": model.rope_scaling is not None and model.rope_scaling.type != "linear",
         "rotary heads of a width of their own": own_head_width and model.position_embedding_type == "rotary",
+        f"{model.num_token_types} token types": model.bert_head and model.num_token_types != 2,
+        "a BERT with an untied head": model.bert_head and not model.tie_embed_logits,
+        f"a BERT with {model.glu_activation}": model.bert_head and model.glu_activation not in (None, "swiglu"),
     }
     return [name for name, is_beyond in beyond.items() if is_beyond]
 

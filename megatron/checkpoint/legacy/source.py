@@ -44,7 +44,7 @@ class LegacySource:
         vocab_size, notes = _true_vocab_size(self.path, self._recorded.args, true_vocab_size, padded)
         self._optimizer = inventory.optimizer
         self.notes = (*notes, *_optimizer_notes(self.path, inventory))
-        self._model = self._recorded.model_config(inventory.keys, vocab_size)
+        self._model = self._recorded.model_config(inventory.keys, vocab_size, num_token_types=inventory.num_token_types)
         conventions = self._recorded.conventions(self._model, rotary_pairs=rotary_pairs)
         _check_tensor_ranks(self.path, self._model, tree.tp)
         self._places = inventory.places(TreeModel(self._model, conventions, tree.tp, padded))

@@ -20,6 +20,7 @@ from megatron.errors import CheckpointError, ConfigError
 from megatron.model.config import ModelConfig
 
 _MAX_LISTED: Final = 8
+_OF_BERT: Final = ("bidirectional", "use_post_ln", "embedding_layernorm", "num_token_types", "bert_head")
 
 
 @dataclass(frozen=True)
@@ -87,11 +88,13 @@ def plan_legacy_tree(
     unless the source holds all of it.
     """
     model = source.model_config()
-    _check_decoder(source.path, model)
+    _check_block(source.path, model)
     _check_layout(model, layout, num_chunks)
     multiple = vocabulary_multiple * layout.tp
     padded = -(-model.vocab_size // multiple) * multiple
-    stored_as = TreeModel(model, Conventions(rotary_pairs=True, gate_first=False), layout.tp, padded)
+    # A BERT is for Megatron-LM, all others are for Megatron-LLM.
+    conventions = Conventions(rotary_pairs=True, gate_first=model.bert_head)
+    stored_as = TreeModel(model, conventions, layout.tp, padded)
     name = source.model_name() or model_name
     dtype = weights_dtype or half_precision(dtype_of_run(source))
     plan = LegacyTreePlan(source, layout, num_chunks, stored_as, vocabulary_multiple, dtype, name)
@@ -99,11 +102,13 @@ def plan_legacy_tree(
     return plan
 
 
-def _check_decoder(path: Path, model: ModelConfig) -> None:
-    if model.bidirectional or model.use_post_ln or model.num_token_types:
+def _check_block(path: Path, model: ModelConfig) -> None:
+    of_bert = {name: getattr(model, name) for name in _OF_BERT}
+    if any(of_bert.values()) and not all(of_bert.values()):
+        has, lacks = ([name for name, value in of_bert.items() if bool(value) is held] for held in (True, False))
         raise CheckpointError(
-            f"{path} holds a BERT, or norms after its blocks, and a tree holds a decoder with norms before them: the "
-            "BERT of Megatron-LM is another model; use --saver megatron or hf."
+            f"{path} holds a model with {', '.join(has)} and without {', '.join(lacks)}; a tree holds a decoder, which "
+            "has none of these, or a BERT, which has all. Use --saver megatron."
         )
 
 
@@ -133,5 +138,5 @@ def _check_complete(plan: LegacyTreePlan) -> None:
         more = f"; and {len(problems) - _MAX_LISTED} more" if len(problems) > _MAX_LISTED else ""
         raise CheckpointError(
             f"{plan.source.path} cannot be a tree of Megatron-LLM: {'; '.join(problems[:_MAX_LISTED])}{more}. "
-            "Use a complete checkpoint of a decoder model."
+            "Use a complete checkpoint."
         )

@@ -12,7 +12,7 @@ from typing import Literal
 from torch import Tensor
 
 from megatron.checkpoint.legacy.conventions import Conventions, gated_rows, head_rows, qkv_rows
-from megatron.checkpoint.legacy.keys import EMBEDDING, HEAD, HEAD_COPY, layer_key
+from megatron.checkpoint.legacy.keys import EMBEDDING, HEAD, HEAD_COPY, HEAD_MODULE, TOKEN_TYPES, layer_key
 from megatron.model.config import ModelConfig
 
 Cut = Literal["rows", "columns", "copies"]
@@ -77,6 +77,9 @@ class TreeModel:
             yield StoredTensor(
                 "embedding.position_embeddings.weight", "copies", shape, (Part("embedding.position.weight"),)
             )
+        if model.num_token_types:
+            shape = (model.num_token_types, model.hidden_size)
+            yield StoredTensor(TOKEN_TYPES, "copies", shape, (Part("embedding.token_type.weight"),))
 
     def _layers(self, chunk: Chunk) -> Iterator[StoredTensor]:
         # The rows of all layers are alike.
@@ -86,13 +89,27 @@ class TreeModel:
         if model.glu_activation is not None:
             up = {part: gated_rows(model, part, conventions, tp) for part in ("gate", "up")}
         for local, layer in enumerate(chunk.layers):
+            before_attention, before_mlp = self._norms_before(layer)
+            yield from self._norm(layer_key(local, "input_layernorm"), before_attention)
             yield from self._attention(local, f"layers.{layer}", qkv)
+            if not model.parallel_attn or model.parallel_layernorm:
+                norm = "mlp_layernorm" if model.parallel_attn else "post_attention_layernorm"
+                yield from self._norm(layer_key(local, norm), before_mlp)
             yield from self._mlp(local, f"layers.{layer}", up)
+
+    def _norms_before(self, layer: int) -> tuple[str, str]:
+        """Which norms lie before the attention and before the MLP of `layer`, counted from 0 to num_layers.
+
+        Before the attention behind the last layer lies the last norm. See `bert` for norms behind the blocks.
+        """
+        if self.model.use_post_ln:
+            return f"layers.{layer - 1}.mlp_norm" if layer else "embedding.norm", f"layers.{layer}.attention_norm"
+        is_layer = layer < self.model.num_layers
+        return f"layers.{layer}.attention_norm" if is_layer else "final_norm", f"layers.{layer}.mlp_norm"
 
     def _attention(self, local: int, layer: str, qkv: dict[str, Tensor]) -> Iterator[StoredTensor]:
         model = self.model
         heads, heads_kv, d = model.num_attention_heads, model.num_attention_heads_kv, model.kv_channels
-        yield from self._norm(layer_key(local, "input_layernorm"), f"{layer}.attention_norm")
         for leaf, tail in (("weight", (model.hidden_size,)), ("bias", ())):
             if leaf == "weight" or model.qkv_bias:
                 parts = tuple(Part(f"{layer}.attention.{part}.{leaf}", rows) for part, rows in qkv.items())
@@ -112,9 +129,6 @@ class TreeModel:
 
     def _mlp(self, local: int, layer: str, up: dict[str, Tensor | None]) -> Iterator[StoredTensor]:
         model = self.model
-        if not model.parallel_attn or model.parallel_layernorm:
-            norm = "mlp_layernorm" if model.parallel_attn else "post_attention_layernorm"
-            yield from self._norm(layer_key(local, norm), f"{layer}.mlp_norm")
         for leaf, tail in (("weight", (model.hidden_size,)), ("bias", ())):
             if leaf == "weight" or model.mlp_bias:
                 parts = tuple(Part(f"{layer}.mlp.{part}.{leaf}", rows) for part, rows in up.items())
@@ -127,14 +141,28 @@ class TreeModel:
     def _last(self, chunk: Chunk) -> Iterator[StoredTensor]:
         if not chunk.is_last:
             return
-        yield from self._norm("encoder.final_layernorm", "final_norm")
+        yield from self._norm("encoder.final_layernorm", self._norms_before(self.model.num_layers)[0])
+        if self.model.bert_head:
+            yield from self._bert_head()
         if not self.model.tie_embed_logits:
             yield self._vocabulary(HEAD, Part("head.weight"))
         elif not chunk.is_first:
             yield self._vocabulary(HEAD_COPY, Part("embedding.word.weight", is_copy=True))
 
+    def _bert_head(self) -> Iterator[StoredTensor]:
+        h = self.model.hidden_size
+        yield from self._copied("pooler.dense", "pooler", h)
+        yield StoredTensor(f"{HEAD_MODULE}bias", "rows", (self.padded_vocab_size,), (Part("head.bias"),))
+        yield from self._copied(f"{HEAD_MODULE}dense", "head.transform", h)
+        yield from self._norm(f"{HEAD_MODULE}layernorm", "head.norm")
+        yield from self._copied("binary_head", "next_sentence", 2)
+
     def _vocabulary(self, key: str, part: Part) -> StoredTensor:
         return StoredTensor(key, "rows", (self.padded_vocab_size, self.model.hidden_size), (part,))
+
+    def _copied(self, key: str, name: str, rows: int) -> Iterator[StoredTensor]:
+        yield StoredTensor(f"{key}.weight", "copies", (rows, self.model.hidden_size), (Part(f"{name}.weight"),))
+        yield StoredTensor(f"{key}.bias", "copies", (rows,), (Part(f"{name}.bias"),))
 
     def _norm(self, key: str, name: str) -> Iterator[StoredTensor]:
         for leaf in ("weight",) if self.model.use_rms_norm else ("weight", "bias"):

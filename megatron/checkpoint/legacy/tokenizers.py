@@ -6,9 +6,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
 
+from megatron.checkpoint.hf_files import read_json
 from megatron.checkpoint.source import JSON, Source
-from megatron.checkpoint.tokenizer_files import SENTENCEPIECE_FILE
+from megatron.checkpoint.tokenizer_files import CONFIG_FILE, SENTENCEPIECE_FILE
 from megatron.checkpoint.tokenizer_source import files_beside
+from megatron.tokenizer.wordpiece import VOCAB_FILE, BertWordPieceCase, BertWordPieceLowerCase
 
 _SENTENCEPIECE: Final = "SentencePieceTokenizer"
 # Megatron-LM's names for a SentencePiece model that nothing is added to.
@@ -19,6 +21,8 @@ _TYPES: Mapping[object, str] = {
     "FalconTokenizer": "FalconTokenizer",
     "HuggingFaceTokenizer": "HuggingFaceTokenizer",
     "TikTokenizer": "TikTokenizer",
+    BertWordPieceLowerCase.name: BertWordPieceLowerCase.name,
+    BertWordPieceCase.name: BertWordPieceCase.name,
 }
 
 
@@ -61,6 +65,19 @@ def tokenizer_arguments(source: Source) -> dict[str, Any]:
         "vocab_extra_ids": section.get("vocab_extra_ids") or 0,
         "vocab_extra_ids_list": ",".join(map(str, listed)) or None,
         "new_tokens": not section.get("no_new_tokens"),
+    }
+
+
+def wordpiece_arguments(source: Source) -> dict[str, Any]:
+    """The same of a BERT's tokenizer: with small letters only, unless the source says otherwise."""
+    identity, files = source.tokenizer(), files_beside(source)
+    has_capitals = identity is not None and identity.tokenizer_type == BertWordPieceCase.name
+    if CONFIG_FILE in files:
+        has_capitals = has_capitals or read_json(files[CONFIG_FILE]).get("do_lower_case") is False
+    file = files.get(VOCAB_FILE)
+    return {
+        "tokenizer_type": (BertWordPieceCase if has_capitals else BertWordPieceLowerCase).name,
+        "vocab_file": None if file is None else str(file.absolute()),
     }
 
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from megatron.checkpoint.commit import check_room, check_save_folder, sweep
+from megatron.checkpoint.legacy.bert import bert_flags
 from megatron.checkpoint.legacy.keys import nested
 from megatron.checkpoint.legacy.recording import arguments_of, beyond_megatron_llm
 from megatron.checkpoint.legacy.target import LegacyTreePlan
@@ -123,7 +124,7 @@ def _fill_rows(source: Source, stored: StoredTensor, part: Part, share: Tensor, 
     if part.rows is None and stored.shape[0] > shape[0]:
         # Padding repeats the last token, as Megatron-LLM's own tool does: its softmax runs over padding too.
         padding = max(0, shape[0] - t * len(share))
-        last = source.read(f"{MODEL}.{part.name}", (shape[0] - 1, 0), (1, shape[1]))
+        last = source.read(f"{MODEL}.{part.name}", (shape[0] - 1, *(0 for _ in shape[1:])), (1, *shape[1:]))
         share[padding:] = last.to(share.dtype)
 
 
@@ -160,11 +161,15 @@ def _check_tokenizer(source: Source, root: Path) -> None:
 def _notes(plan: LegacyTreePlan) -> Iterator[str]:
     if any(not name.startswith(f"{MODEL}.") for name in plan.source.names()):
         yield f"{plan.name} holds weights only: the optimizer's state in {plan.source.path} is not written"
-    if beyond := beyond_megatron_llm(plan.stored_as.model):
+    model = plan.stored_as.model
+    program = "Megatron-LM" if model.bert_head else "Megatron-LLM"
+    if beyond := beyond_megatron_llm(model):
         yield (
-            f"{plan.name} is read back here as it is, but Megatron-LLM itself does not compute this model: "
+            f"{plan.name} is read back here as it is, but {program} itself does not compute this model: "
             f"it does not know {', '.join(beyond)}"
         )
+    if model.bert_head:
+        yield f"{plan.name} is a BERT of Megatron-LM, which has to be told: {bert_flags(model)}"
 
 
 def _carry_tokenizer(source: Source, root: Path) -> None:
