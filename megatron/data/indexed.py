@@ -10,6 +10,7 @@ import hashlib
 import os
 from array import array
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
@@ -27,7 +28,7 @@ from megatron.data.index_file import (
     write_index,
 )
 from megatron.data.object_store import ObjectStore, is_remote
-from megatron.durable import sync_folder
+from megatron.durable import sync_file, sync_folder
 from megatron.errors import ConfigError, DataError
 
 # Blocks of the .bin file that enter a fingerprint, evenly spaced, first and last included.
@@ -195,6 +196,7 @@ class IndexedDatasetWriter:
         self._boundaries = array("q", [0])
         self._has_documents = has_documents
         self._closed = False
+        self._background = ThreadPoolExecutor(1)
         try:
             self.prefix.parent.mkdir(parents=True, exist_ok=True)
             self._bin = open(self._bin_tmp, "wb", buffering=_WRITE_BUFFER_BYTES)  # noqa: SIM115 - closed in finalize/abort
@@ -249,6 +251,8 @@ class IndexedDatasetWriter:
                 self._bin.flush()
                 with open(f"{indexed.prefix}.bin", "rb") as source:
                     _copy(source, self._bin, on_bytes)
+                # It goes to the disk beside the next copy. What fails there fails in `finalize` too.
+                self._background.submit(sync_file, self._bin_tmp)
         except OSError as error:
             self.abort()
             raise self._cannot_write(error) from error
@@ -265,6 +269,7 @@ class IndexedDatasetWriter:
             )
         try:
             _sync_and_close(self._bin)
+            self._background.shutdown()
             with open(self._idx_tmp, "wb", buffering=_WRITE_BUFFER_BYTES) as idx:
                 self._write_index(idx)
                 _sync_and_close(idx)
@@ -281,6 +286,7 @@ class IndexedDatasetWriter:
     def abort(self) -> None:
         """Remove the temporary files; what stood under the final names before is untouched."""
         self._closed = True
+        self._background.shutdown()
         with contextlib.suppress(OSError):  # closing flushes, which fails again on a full disk
             self._bin.close()
         self._bin_tmp.unlink(missing_ok=True)

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megatron.data.indexed import IndexedDatasetWriter
+from megatron.data.indexed import IndexedDataset, IndexedDatasetWriter
 from megatron.data.merge import merge, open_all
 from megatron.errors import ConfigError, DataError
 from tools.merge_datasets import main
@@ -125,3 +125,27 @@ def test_a_damaged_part_is_named_and_nothing_is_left(tmp_path: Path):
     with pytest.raises(DataError, match=r"1-mlm_u16.bin: 10 bytes"):
         main([f"--input={folder}", f"--output_prefix={tmp_path / 'merged'}"])
     assert not list(tmp_path.glob("merged*"))
+
+
+def test_a_merge_replaces_what_has_its_name_at_the_end_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Who has the old files open goes on reading them."""
+    names, expected = MERGES["Megatron-LLM"]
+    folder = folder_of(tmp_path, names)
+    for suffix in (".bin", ".idx"):
+        shutil.copyfile(SAMPLES / f"mlm_u16{suffix}", tmp_path / f"merged{suffix}")
+    reader = IndexedDataset(tmp_path / "merged")
+    old = reader.tokens.tolist()
+
+    def full(_: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "fsync", full)
+        with pytest.raises(DataError, match=r"merged: cannot be written \(No space left on device\); what stood under"):
+            main([f"--input={folder}", f"--output_prefix={tmp_path / 'merged'}"])
+    assert sorted(path.name for path in tmp_path.glob("merged*")) == ["merged.bin", "merged.idx"]
+    assert IndexedDataset(tmp_path / "merged").tokens.tolist() == old
+    main([f"--input={folder}", f"--output_prefix={tmp_path / 'merged'}"])
+    assert reader.tokens.tolist() == old
+    for suffix in (".bin", ".idx"):
+        assert (tmp_path / f"merged{suffix}").read_bytes() == (SAMPLES / f"{expected}{suffix}").read_bytes()
