@@ -19,7 +19,7 @@ TYPED := megatron tests/distributed.py $(filter-out setup.py,$(wildcard tools we
 
 setup: $(READY)
 
-$(READY): pyproject.toml setup.py constraints.txt $(wildcard megatron/data/helpers.cpp)
+$(READY): pyproject.toml setup.py constraints.txt $(wildcard megatron/data/*.cpp megatron/data/*.h)
 	@$(PYTHON) -c 'import sys; v = "%d.%d" % sys.version_info[:2]; sys.version_info >= (3, 10) or sys.exit(\
 	    f"{sys.executable} is Python {v}, and 3.10 or newer is needed; choose one with: make $(MAKECMDGOALS) PYTHON=...")'
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

@@ -20,9 +20,11 @@ setup(
     ext_modules=[
         Pybind11Extension(
             "megatron.data.helpers",
-            ["megatron/data/helpers.cpp"],
+            ["megatron/data/helpers.cpp", "megatron/data/blend_index.cpp"],
+            depends=["megatron/data/blend_index.h"],
             cxx_std=17,
-            extra_compile_args=["-O3", "-ffp-contract=off"],
+            extra_compile_args=["-O3", "-ffp-contract=off", "-pthread"],
+            extra_link_args=["-pthread"],
         )
     ],
     cmdclass={"build_ext": BuildBesideSource},

@@ -1,5 +1,5 @@
-// Index building and reading at memory speed. The Python oracles: tests/data/test_sample_index.py, test_blend_index.py,
-// test_span.py, test_packing.py and test_pair_index.py.
+// Index building and reading at memory speed. The Python oracles: tests/data/test_sample_index.py, test_span.py,
+// test_packing.py and test_pair_index.py.
 
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
@@ -11,18 +11,12 @@
 #include <limits>
 #include <stdexcept>
 #include <string>
-#include <tuple>
 #include <utility>
 #include <vector>
 
-namespace py = pybind11;
+#include "blend_index.h"
 
-// One copy of a function for each width of vectors, chosen when the module is loaded: the module runs everywhere.
-#if defined(__x86_64__) && defined(__gnu_linux__) && defined(__GNUC__) && !defined(__clang__)
-#define WIDEST_VECTORS __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
-#else
-#define WIDEST_VECTORS
-#endif
+namespace py = pybind11;
 
 namespace {
 
@@ -154,111 +148,6 @@ py::array build_sample_index(const py::array& sizes, const py::array& document_i
     return sample_index_as<std::int32_t>(sizes_view, documents, sequence_length, num_tokens, num_samples);
 }
 
-// Who is served next. Datasets of one weight have the same deficit until one of them is chosen, so they are served in
-// turn, and only one of each turn is looked at: real blends have many small datasets of equal weight.
-class Turns {
-  public:
-    Turns(const std::vector<double>& weights, const std::vector<bool>& is_exhausted) {
-        double total = 0.0;
-        for (std::size_t d = 0; d < weights.size(); ++d) total += is_exhausted[d] ? 0.0 : weights[d];
-        for (std::size_t d = 0; d < weights.size(); ++d) {
-            if (is_exhausted[d] || weights[d] == 0.0) continue;
-            const double share = weights[d] / total;
-            const std::size_t turn = std::find(shares_.begin(), shares_.end(), share) - shares_.begin();
-            if (turn == datasets_.size()) {
-                shares_.push_back(share);
-                datasets_.emplace_back();
-            }
-            datasets_[turn].push_back(static_cast<std::uint16_t>(d));
-        }
-        // Lanes without a dataset are never behind.
-        rounds_.assign(shares_.size(), 0.0);
-        shares_.resize((shares_.size() + kLanes - 1) / kLanes * kLanes, 0.0);
-        rounds_.resize(shares_.size(), std::numeric_limits<double>::infinity());
-        next_.assign(datasets_.size(), 0);
-    }
-
-    // Serves the dataset with the largest deficit after `num_served` samples; of equal ones the first.
-    std::uint16_t serve(std::int64_t num_served) {
-        const std::size_t chosen = most_behind(static_cast<double>(std::max<std::int64_t>(num_served, 1)));
-        const std::uint16_t dataset = front(chosen);
-        if (++next_[chosen] == datasets_[chosen].size()) {
-            next_[chosen] = 0;
-            rounds_[chosen] += 1.0;
-        }
-        return dataset;
-    }
-
-  private:
-    static constexpr std::size_t kLanes = 8;
-    static constexpr std::size_t kFew = 12;
-
-    std::uint16_t front(std::size_t turn) const { return datasets_[turn][next_[turn]]; }
-
-    std::size_t most_behind(double served) const {
-        if (datasets_.size() <= kFew) return most_behind_of_few(served);
-        const auto [largest, count, sum] = largest_deficits(shares_.data(), rounds_.data(), shares_.size(), served);
-        return count == 1.0 ? static_cast<std::size_t>(sum) : first_of_equal(largest, served);
-    }
-
-    // A vector would have to wait for the number just written into it, longer than it takes to look at a few.
-    std::size_t most_behind_of_few(double served) const {
-        std::size_t chosen = 0;
-        double largest = shares_[0] * served - rounds_[0];
-        bool is_shared = false;
-        for (std::size_t turn = 1; turn < datasets_.size(); ++turn) {
-            const double deficit = shares_[turn] * served - rounds_[turn];
-            is_shared = deficit > largest ? false : is_shared | (deficit == largest);
-            chosen = deficit > largest ? turn : chosen;
-            largest = deficit > largest ? deficit : largest;
-        }
-        return is_shared ? first_of_equal(largest, served) : chosen;
-    }
-
-    std::size_t first_of_equal(double deficit, double served) const {
-        std::size_t chosen = datasets_.size();
-        for (std::size_t turn = 0; turn < datasets_.size(); ++turn) {
-            if (shares_[turn] * served - rounds_[turn] != deficit) continue;
-            if (chosen == datasets_.size() || front(turn) < front(chosen)) chosen = turn;
-        }
-        return chosen;
-    }
-
-    // The largest deficit, how many turns have it, and the sum of their numbers: no branch depends on a value.
-    WIDEST_VECTORS static std::tuple<double, double, double> largest_deficits(const double* shares, const double* rounds,
-                                                                              std::size_t size, double served) {
-        typedef double Lanes __attribute__((vector_size(kLanes * sizeof(double)), aligned(alignof(double)), may_alias));
-        const Lanes* share = reinterpret_cast<const Lanes*>(shares);
-        const Lanes* round = reinterpret_cast<const Lanes*>(rounds);
-        const std::size_t num_vectors = size / kLanes;
-        Lanes largest = share[0] * served - round[0];
-        for (std::size_t i = 1; i < num_vectors; ++i) {
-            const Lanes deficits = share[i] * served - round[i];
-            largest = deficits > largest ? deficits : largest;
-        }
-        double top = largest[0];
-        for (std::size_t lane = 1; lane < kLanes; ++lane) top = largest[lane] > top ? largest[lane] : top;
-        const Lanes zeros = {}, ones = zeros + 1.0;
-        Lanes counts = {}, sums = {}, numbers = {0, 1, 2, 3, 4, 5, 6, 7};
-        for (std::size_t i = 0; i < num_vectors; ++i) {
-            const auto is_top = share[i] * served - round[i] == top;
-            counts += is_top ? ones : zeros;
-            sums += is_top ? numbers : zeros;
-            numbers += static_cast<double>(kLanes);
-        }
-        double count = 0.0, sum = 0.0;
-        for (std::size_t lane = 0; lane < kLanes; ++lane) {
-            count += counts[lane];
-            sum += sums[lane];
-        }
-        return {top, count, sum};
-    }
-
-    std::vector<double> shares_, rounds_;               // [turns, filled up to whole vectors]
-    std::vector<std::vector<std::uint16_t>> datasets_;  // of each turn, ascending
-    std::vector<std::size_t> next_;
-};
-
 py::tuple build_blend_index(const std::vector<double>& weights, const std::vector<std::int64_t>& limits,
                             std::int64_t num_samples) {
     if (weights.empty() || weights.size() > std::numeric_limits<std::uint16_t>::max()) {
@@ -285,20 +174,7 @@ py::tuple build_blend_index(const std::vector<double>& weights, const std::vecto
     std::int64_t* sample = sample_index.mutable_data();
     {
         py::gil_scoped_release release;
-        std::vector<std::int64_t> counts(weights.size(), 0);
-        std::vector<bool> is_exhausted(weights.size(), false);
-        for (std::size_t d = 0; d < weights.size(); ++d) is_exhausted[d] = limits[d] <= 0;
-        std::int64_t done = 0;
-        while (done < num_samples) {  // once more for each dataset that reaches its limit
-            Turns turns(weights, is_exhausted);
-            const std::int64_t start = done;
-            for (bool is_changed = false; done < num_samples && !is_changed; ++done) {
-                const std::uint16_t chosen = turns.serve(done - start);
-                dataset[done] = chosen;
-                sample[done] = counts[chosen]++;
-                is_changed = is_exhausted[chosen] = counts[chosen] == limits[chosen];
-            }
-        }
+        fill_blend_index(weights, limits, num_samples, dataset, sample);
     }
     return py::make_tuple(dataset_index, sample_index);
 }

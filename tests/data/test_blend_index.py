@@ -45,6 +45,42 @@ def test_the_index_equals_the_python_oracle_on_random_weights_and_limits():
         assert (datasets.dtype, samples.dtype) == (np.uint16, np.int64)
 
 
+@pytest.mark.parametrize(
+    "weights",
+    [
+        [0.7, 0.3],
+        [1.0] * 7,
+        range(1, 8),
+        [0.5**i for i in range(20)],  # a wrong guess stays wrong for thousands of samples
+        np.random.default_rng(1).lognormal(0, 2, 60),
+    ],
+    ids=["two", "equal", "tied", "halves", "many"],
+)
+def test_a_long_blend_that_is_built_from_many_places_equals_one_built_step_by_step(weights):
+    weights, num_samples = np.array(weights, np.float64), 80_000
+    # The largest dataset ends in the middle: what comes after begins anew, with the other shares.
+    limits = np.full(len(weights), NO_LIMIT)
+    limits[weights.argmax()] = round(weights.max() / sum(weights.tolist()) * 40_000)
+    expected, counts, start = np.empty(num_samples, np.int64), np.zeros_like(limits), 0
+    present = np.ones(len(weights), bool)
+    while start < num_samples:
+        shares = np.where(present, weights, 0.0) / sum(weights[present].tolist())
+        since = np.where(present, 0.0, np.inf)
+        for step in range(start, num_samples):
+            chosen = int(np.argmax(shares * max(step - start, 1) - since))
+            expected[step] = chosen
+            since[chosen] += 1.0
+            counts[chosen] += 1
+            if counts[chosen] == limits[chosen]:
+                present[chosen] = False
+                break
+        start = step + 1
+    datasets, samples = build_blend_index(weights.tolist(), limits.tolist(), num_samples)
+    assert np.array_equal(datasets, expected)
+    for dataset, count in enumerate(counts):
+        assert np.array_equal(samples[datasets == dataset], np.arange(count))
+
+
 @pytest.mark.parametrize("weights", [[1, 3, 2, 1, 1], [*range(15, 0, -1), 8]], ids=["few", "many"])
 def test_of_equal_deficits_the_first_dataset_is_served(weights: list[float]):
     """The weights add up to a power of two, so that deficits of unlike shares are exact, and often equal."""
