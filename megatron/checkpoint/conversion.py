@@ -95,7 +95,7 @@ def to_hugging_face(source: Source, target: Target) -> Conversion:
 
 
 def to_megatron_legacy(source: Source, target: Target) -> Conversion:
-    """Weights as Megatron-LLM loads them: one pickled file a rank."""
+    """Weights as Megatron-LLM loads them, or Megatron-LM a BERT's: one pickled file a rank."""
     layout = target.layout
     num_chunks = num_virtual_chunks(source.model_config(), layout, target.layers_per_virtual_stage)
     plan = plan_legacy_tree(
@@ -107,7 +107,7 @@ def to_megatron_legacy(source: Source, target: Target) -> Conversion:
             for p in range(layout.pp)
             for t in range(layout.tp)
         },
-        f"TP{layout.tp} PP{layout.pp}{_stages(num_chunks)} as a tree of Megatron-LLM: weights",
+        f"TP{layout.tp} PP{layout.pp}{_stages(num_chunks)} as a tree of {plan.program}: weights",
         plan.num_bytes,
         lambda on_bytes: write_legacy_tree(plan, target.root, on_bytes=on_bytes),
     )

@@ -41,6 +41,11 @@ class LegacyTreePlan:
         return RELEASE if state is None or state.iteration == 0 else iteration_folder(Path(), state.iteration).name
 
     @property
+    def program(self) -> str:
+        """Which one the tree is for."""
+        return "Megatron-LM" if self.stored_as.model.bert_head else "Megatron-LLM"
+
+    @property
     def files(self) -> dict[str, int]:
         """The bytes of the tensors in each file, whose name is relative to the tree's folder."""
         return {
@@ -137,6 +142,6 @@ def _check_complete(plan: LegacyTreePlan) -> None:
     if problems:
         more = f"; and {len(problems) - _MAX_LISTED} more" if len(problems) > _MAX_LISTED else ""
         raise CheckpointError(
-            f"{plan.source.path} cannot be a tree of Megatron-LLM: {'; '.join(problems[:_MAX_LISTED])}{more}. "
+            f"{plan.source.path} cannot be a tree of {plan.program}: {'; '.join(problems[:_MAX_LISTED])}{more}. "
             "Use a complete checkpoint."
         )

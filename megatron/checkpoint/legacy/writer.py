@@ -162,10 +162,9 @@ def _notes(plan: LegacyTreePlan) -> Iterator[str]:
     if any(not name.startswith(f"{MODEL}.") for name in plan.source.names()):
         yield f"{plan.name} holds weights only: the optimizer's state in {plan.source.path} is not written"
     model = plan.stored_as.model
-    program = "Megatron-LM" if model.bert_head else "Megatron-LLM"
     if beyond := beyond_megatron_llm(model):
         yield (
-            f"{plan.name} is read back here as it is, but {program} itself does not compute this model: "
+            f"{plan.name} is read back here as it is, but {plan.program} itself does not compute this model: "
             f"it does not know {', '.join(beyond)}"
         )
     if model.bert_head:
