@@ -97,10 +97,15 @@ def _check_columns(path: Path, schema: pyarrow.Schema, keys: Sequence[str]) -> N
                 f"{path}: no column {key!r}, the file has {', '.join(map(repr, schema.names))}; name the columns that "
                 "hold text with --json_keys."
             )
+        if (count := schema.names.count(key)) > 1:
+            raise DataError(
+                f"{path}: {count} columns {key!r}; give each a name of its own, and the one that holds text with "
+                "--json_keys."
+            )
         kind = schema.field(key).type
         if pyarrow.types.is_dictionary(kind):
             kind = kind.value_type
-        if not (pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind)):
+        if kind not in (pyarrow.string(), pyarrow.large_string(), pyarrow.string_view()):
             raise DataError(f"{path}: column {key!r} holds {kind}, not text; --json_keys names text only.")
 
 

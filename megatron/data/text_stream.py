@@ -13,7 +13,9 @@ from typing import BinaryIO, Protocol
 
 from megatron.errors import ConfigError, DataError
 
-READ_BYTES = 64 * 1024
+_BUFFER_BYTES = 128 * 1024
+# What is unpacked at a time: of text that repeats itself this may become ten thousand times as much, all in memory.
+_PACKED_BYTES = 4 * 1024
 
 
 class Decompressor(Protocol):
@@ -44,6 +46,12 @@ def _zstandard_magics() -> tuple[bytes, ...]:
     return tuple(magic.to_bytes(4, "little") for magic in (0xFD2FB528, *range(0x184D2A50, 0x184D2A60)))
 
 
+def _bzip2_magics() -> tuple[bytes, ...]:
+    """Of a file with data, and of one without, at every level: text may begin with the three letters of the name."""
+    first_blocks = (b"1AY&SY", b"\x17rE8P\x90")
+    return tuple(b"BZh%d" % level + block for level in range(1, 10) for block in first_blocks)
+
+
 def _zstandard_member() -> Decompressor:
     try:
         import zstandard
@@ -55,7 +63,7 @@ def _zstandard_member() -> Decompressor:
 COMPRESSIONS: Mapping[str, Compression] = {
     ".gz": Compression("gzip", (b"\x1f\x8b",), lambda: zlib.decompressobj(wbits=31)),
     ".zst": Compression("Zstandard", _zstandard_magics(), _zstandard_member),
-    ".bz2": Compression("bzip2", (b"BZh",), bz2.BZ2Decompressor),
+    ".bz2": Compression("bzip2", _bzip2_magics(), bz2.BZ2Decompressor),
     ".xz": Compression("xz", (b"\xfd7zXZ\0",), lzma.LZMADecompressor),
 }
 
@@ -74,7 +82,7 @@ class TextStream(io.BufferedReader):
         _check_magic(path, self._file, compression)
         self._is_plain = compression is None
         raw = self._file if compression is None else _Unpacked(path, self._file, compression)
-        super().__init__(raw, buffer_size=2 * READ_BYTES)
+        super().__init__(raw, buffer_size=_BUFFER_BYTES)
         self._skip(start)
 
     def file_position(self, text_position: int) -> int:
@@ -95,7 +103,7 @@ def base_suffix(path: Path) -> str:
 
 
 def _check_magic(path: Path, file: BinaryIO, compression: Compression | None) -> None:
-    start = file.read(6)
+    start = file.read(10)
     file.seek(0)
     if compression is not None and not start.startswith(compression.magics):
         raise DataError(
@@ -144,18 +152,18 @@ class _Unpacked(io.RawIOBase):
 
     def _next_packed(self) -> bytes:
         if not self._member.eof:
-            packed = self._file.read(READ_BYTES)
+            packed = self._file.read(_PACKED_BYTES)
             if not packed:
                 raise DataError(
                     f"{self._path}: ends at byte {self._file.tell()} in the middle of its {self._compression.name} "
                     "data; the file is truncated: copy it again from its source."
                 )
             return packed
-        rest = self._member.unused_data or self._file.read(READ_BYTES)
+        rest = self._member.unused_data or self._file.read(_PACKED_BYTES)
         while rest:
             packed = rest.lstrip(b"\0")  # padding may follow a member
             if packed:
                 self._member = self._compression.new_member()
                 return packed
-            rest = self._file.read(READ_BYTES)
+            rest = self._file.read(_PACKED_BYTES)
         return b""

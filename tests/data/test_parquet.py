@@ -18,7 +18,7 @@ def _write(path: Path, columns: dict[str, object], **options: object) -> Path:
     return path
 
 
-@pytest.mark.parametrize("kind", [pyarrow.string(), pyarrow.large_string()])
+@pytest.mark.parametrize("kind", [pyarrow.string(), pyarrow.large_string(), pyarrow.string_view()])
 def test_every_row_is_a_document_whatever_the_groups_and_chunks(tmp_path, kind):
     file = _write(tmp_path / "a.parquet", {"id": range(100), "text": pyarrow.array(TEXTS, kind)}, row_group_size=30)
     for max_documents, max_bytes in [(1000, 1 << 20), (7, 1 << 20), (1000, 50)]:
@@ -67,6 +67,13 @@ def test_a_row_that_is_not_utf8_is_named_and_costs_no_other_row(tmp_path):
 def test_columns_that_are_no_text_are_named(tmp_path, columns, message):
     with pytest.raises(DataError, match=rf"a\.parquet: {message}"):
         list(read_chunks([_write(tmp_path / "a.parquet", columns)], max_documents=9, max_bytes=99))
+
+
+def test_a_name_that_two_columns_have_is_no_answer_to_which_holds_text(tmp_path):
+    table = pyarrow.Table.from_arrays([pyarrow.array(["a"]), pyarrow.array(["b"])], names=["text", "text"])
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
+    with pytest.raises(DataError, match=r"a\.parquet: 2 columns 'text'; give each a name of its own"):
+        list(read_chunks([tmp_path / "a.parquet"], max_documents=9, max_bytes=99))
 
 
 @pytest.mark.parametrize("cut", [0, 100, -10])

@@ -5,6 +5,7 @@ import gzip
 import lzma
 import random
 import sys
+import tracemalloc
 from pathlib import Path
 
 import pytest
@@ -117,3 +118,29 @@ def test_without_its_package_zstandard_is_refused_with_the_command_that_installs
     monkeypatch.setitem(sys.modules, "zstandard", None)
     with pytest.raises(ConfigError, match=r"need the package zstandard; run `pip install zstandard`"):
         TextStream(file)
+
+
+def test_text_may_begin_like_the_name_of_a_format(tmp_path):
+    text = b"BZhang said nothing.\n"
+    assert TextStream(_write(tmp_path, "", text, "a.txt")).read() == text
+    for level in range(1, 10):
+        for content in (b"", text):
+            with pytest.raises(DataError, match=r"a\.txt: holds bzip2 data; rename it to a\.txt\.bz2"):
+                TextStream(_write(tmp_path, "", bz2.compress(content, level), "a.txt"))
+            assert TextStream(_write(tmp_path, ".bz2", bz2.compress(content, level))).read() == content
+
+
+def test_text_that_repeats_itself_is_not_unpacked_all_at_once(tmp_path):
+    line = b'{"text": "the same line again"}\n'
+    text = line * ((256 << 20) // len(line))
+    file = _write(tmp_path, ".zst", zstandard.compress(text))
+    assert file.stat().st_size < 1e-4 * len(text)
+    tracemalloc.start()
+    try:
+        with TextStream(file) as stream:
+            num_bytes = sum(len(piece) for piece in iter(lambda: stream.read(1 << 16), b""))
+        _, peak_bytes = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert num_bytes == len(text)
+    assert peak_bytes < len(text) / 2
