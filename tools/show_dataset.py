@@ -19,6 +19,7 @@ from rich.console import Console
 from rich.text import Text
 
 from megatron.checkpoint.opening import open_source
+from megatron.checkpoint.tokenizer_source import check_tokenizer
 from megatron.cli import ArgumentParser, run_main
 from megatron.config import RunConfig, TypedFlags, checkpoint_arguments, parse_run, resolve, resolve_tokenizer
 from megatron.data.blend import parse_blend, parse_named_blends
@@ -85,6 +86,8 @@ def _resolve(typed: TypedFlags, num_samples: int, *, with_others: bool) -> tuple
     tokenizer = build_tokenizer(config)
     if source is not None:
         tokenizer = fit_to_vocabulary(config, source.model_config().vocab_size)
+        is_named = any(typed.section("tokenizer").get(name) for name in ("tokenizer_model", "vocab_file"))
+        check_tokenizer(source, tokenizer, config.path, is_named=is_named)
     model = {name: value for name, value in typed.section("model").items() if name in _OF_THE_MODEL}
     training = {name: value for name, value in typed.section("training").items() if name in _OF_TRAINING}
     if not with_others:

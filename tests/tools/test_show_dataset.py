@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from checkpoint_samples import INFO, save_from_one_process
+from megatron.checkpoint.source import TokenizerIdentity
+from megatron.core.layout import ParallelLayout
 from megatron.data.indexed import IndexedDatasetWriter
 from megatron.data.pieces import Piece
 from megatron.data.sample import PairSample, Sample
 from megatron.data.show import SampleText
-from megatron.errors import ConfigError
+from megatron.errors import CheckpointError, ConfigError
 from megatron.tokenizer import Tokenizer, build_tokenizer
 from megatron.tokenizer.config import TokenizerConfig
 from tiny_tokenizers import TEXT, write_huggingface, write_sentencepiece, write_wordpiece
@@ -134,6 +138,34 @@ def test_the_flags_of_a_run_are_taken_as_they_are(
     argv += "--micro_batch_size 2 --global_batch_size 8 --train_iters 10 --lr 1e-3 --bf16 --eod_mask_loss".split()
     main([*argv, "--num_samples", "1"])
     assert "‹" in capsys.readouterr().out  # what follows the end of a document
+
+
+def test_another_tokenizer_in_the_place_of_a_checkpoints_is_an_error_and_one_that_is_named_a_warning(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = write_sentencepiece(tmp_path)
+    tokenizer = build_tokenizer(TokenizerConfig(tokenizer_model=str(file)))
+    run = tmp_path / "run"
+    info = replace(
+        INFO,
+        state=replace(INFO.state, config={"tokenizer": {"tokenizer_model": str(file)}}),
+        model=replace(INFO.model, vocab_size=tokenizer.vocab_size),
+        tokenizer=TokenizerIdentity(tokenizer.name, str(file), tokenizer.identity.file_sha256),
+    )
+    save_from_one_process(run, ParallelLayout(), info=info)
+    argv = (
+        f"--load {run} --use_checkpoint_args --data_path {write(tmp_path / 'data', tokenizer, ['a man'] * 20)}".split()
+    )
+    argv += "--split 1,0,0 --eval_iters 0 --seq_length 40 --num_samples 1 --no_color".split()
+    main(argv)
+    file.write_bytes(file.read_bytes().replace(b"ed", b"eD", 1))
+    with pytest.raises(CheckpointError, match=rf"{file} is not the tokenizer of .*iter_0000010: its SHA-256 is"):
+        main(argv)
+    assert not caplog.records
+    main([*argv, "--tokenizer_model", str(file)])
+    assert [record.getMessage().partition(":")[0] for record in caplog.records] == [
+        f"{file} is not the tokenizer of {run / 'iter_0000010'}"
+    ]
 
 
 @pytest.mark.parametrize("more", [[], ["--packing"]])
