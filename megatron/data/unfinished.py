@@ -247,7 +247,7 @@ def _remove_empty(folder: Path) -> None:
 
 def _open_at(path: Path, num_bytes: int) -> IO[bytes]:
     """Opens `path` behind its first `num_bytes`, and cuts what follows."""
-    file = open(path, "r+b" if num_bytes else "wb", buffering=1 << 20)  # noqa: SIM115 - closed by its owner
+    file = open(path, "ab", buffering=1 << 20)  # noqa: SIM115 - closed by its owner
     present = os.fstat(file.fileno()).st_size
     if present < num_bytes:
         raise DataError(

@@ -182,8 +182,9 @@ def test_a_journal_that_cannot_be_read_is_an_error(tmp_path, corpus, tokenizer, 
         preprocess_files([corpus], {"text": tmp_path / "out"}, tokenizer, RESUME)
 
 
-def test_files_shorter_than_the_journal_says_are_an_error(tmp_path, corpus, tokenizer, interrupted):
-    (interrupted / "tokens").write_bytes(b"")
+@pytest.mark.parametrize("spoil", [lambda file: file.write_bytes(b""), Path.unlink])
+def test_files_shorter_than_the_journal_says_are_an_error(tmp_path, corpus, tokenizer, interrupted, spoil):
+    spoil(interrupted / "tokens")
     with pytest.raises(DataError, match=r"tokens: 0 bytes, but the journal beside it speaks of \d+; remove"):
         preprocess_files([corpus], {"text": tmp_path / "out"}, tokenizer, RESUME)
 
