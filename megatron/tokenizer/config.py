@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal
 
 from megatron.errors import ConfigError
@@ -34,7 +35,10 @@ class TokenizerConfig:
     )
     vocab_file: str | None = field(default=None, metadata={"help": "another name for --tokenizer_model"})
     merge_file: str | None = field(
-        default=None, metadata={"help": "GPT2BPETokenizer: merges.txt; --vocab_file is its vocab.json then"}
+        default=None,
+        metadata={
+            "help": "GPT2BPETokenizer: merges.txt; --vocab_file is its vocab.json then; default: the one beside it"
+        },
     )
     tiktoken_encoding: Literal["llama3", "cl100k", "o200k", "gpt2"] | None = field(
         default=None,
@@ -82,6 +86,9 @@ class TokenizerConfig:
                 f"--tokenizer_model {self.tokenizer_model} and --vocab_file {self.vocab_file} differ, and both name "
                 "the tokenizer; give one of them."
             )
+        path = self.path or ""
+        if self.tokenizer_type == "GPT2BPETokenizer" and self.merge_file is None and path.endswith(".json"):
+            object.__setattr__(self, "merge_file", str(Path(path).with_name("merges.txt")))
 
     @property
     def path(self) -> str | None:

@@ -21,13 +21,19 @@ from megatron.training.run import _keep_tokenizer
 from tiny_tokenizers import TEXT, write_gpt2, write_huggingface
 
 
-@pytest.mark.parametrize("gone", [(), ("gpt2-merges.txt",), ("gpt2-vocab.json", "gpt2-merges.txt")], ids=str)
-def test_the_files_of_gpt2_are_found_again_whatever_they_were_called(tmp_path: Path, gone: tuple[str, ...]) -> None:
+@pytest.mark.parametrize("gone", [(), ("merges",), ("vocab", "merges")], ids=str)
+@pytest.mark.parametrize("merges", ["gpt2-merges.txt", "merges.txt"])
+def test_the_files_of_gpt2_are_found_again_whatever_they_were_called(
+    tmp_path: Path, merges: str, gone: tuple[str, ...]
+) -> None:
     files = write_huggingface(tmp_path / "files")  # another tokenizer beside them does not count
     write_gpt2(files, files)
-    (files / "vocab.json").rename(files / "gpt2-vocab.json")
-    (files / "merges.txt").rename(files / "gpt2-merges.txt")
-    words = [f"--vocab_file={files / 'gpt2-vocab.json'}", f"--merge_file={files / 'gpt2-merges.txt'}"]
+    named = {"vocab": files / "gpt2-vocab.json", "merges": files / merges}
+    (files / "vocab.json").rename(named["vocab"])
+    (files / "merges.txt").rename(named["merges"])
+    words = [f"--vocab_file={named['vocab']}"]
+    # Those beside the vocabulary need not be named.
+    words.append(f"--merge_file={named['merges']}" if "gpt2" in merges else "--tokenizer_type=GPT2BPETokenizer")
     sizes = ["--num_layers=2", "--hidden_size=8", "--num_attention_heads=2", "--seq_length=8", "--lr=1e-3"]
     more = ["--model_name=llama2", "--micro_batch_size=1", "--train_iters=1", "--data_path=x", f"--save={tmp_path}/run"]
     run = resolve(parse_run([*words, *sizes, *more]), 1, tokenizer_vocab_size=301)
@@ -36,7 +42,7 @@ def test_the_files_of_gpt2_are_found_again_whatever_they_were_called(tmp_path: P
     assert {file.name for file in (tmp_path / "run" / "tokenizer").iterdir()} == {"vocab.json", "merges.txt"}
 
     for name in gone:
-        (files / name).unlink()
+        named[name].unlink()
     checkpoint = cast(
         Source,
         SimpleNamespace(
