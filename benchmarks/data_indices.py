@@ -10,7 +10,6 @@ indices of so many documents, of which it sees the lengths alone.
 from __future__ import annotations
 
 import argparse
-import itertools
 import multiprocessing
 import subprocess
 import tempfile
@@ -107,18 +106,27 @@ def start_rows(folder: Path, rounds: int) -> list[str]:
 
 
 def merge_rows(folder: Path, scale: float, rounds: int) -> list[str]:
-    """Both sides write new files, and have them on the disk before they are done."""
+    """Both sides have their files on the disk before they are done."""
     prefixes = [folder / f"part{i}" for i in range(3)]
     parts = [write(prefix, int(200_000 * scale), seed=i) for i, prefix in enumerate(prefixes)]
     files = [f"{prefix}{suffix}" for prefix in prefixes for suffix in (".bin", ".idx")]
-    numbers = itertools.count()
+    return [
+        _merge_row("new files", parts, files, [folder / f"round{i}" for i in range(rounds)]),
+        _merge_row("existing files", parts, files, [folder / "round0"] * rounds),
+    ]
+
+
+def _merge_row(name: str, parts: list[IndexedDataset], files: list[str], folders: list[Path]) -> str:
+    ours_in, theirs_in = iter(folders), iter(folders)
     ours, theirs = best_of(
-        rounds,
-        lambda: merge(parts, folder / f"merged{next(numbers)}", on_bytes=lambda num_bytes: None),
-        lambda: _copy(files, folder / f"copies{next(numbers)}"),
+        len(folders),
+        lambda: merge(parts, next(ours_in) / "merged", on_bytes=lambda num_bytes: None),
+        lambda: _copy(files, next(theirs_in)),
     )
     size_mb = sum(Path(file).stat().st_size for file in files) / 1e6
-    return [f"| merge of 3 datasets, {size_mb:,.0f} MB | {ours:.2f} s | cp {theirs:.2f} s | {theirs / ours:.2f} |"]
+    return (
+        f"| merge of 3 datasets, {name}, {size_mb:,.0f} MB | {ours:.2f} s | cp {theirs:.2f} s | {theirs / ours:.2f} |"
+    )
 
 
 def memory_rows(folder: Path, num_documents: int) -> list[str]:
@@ -190,7 +198,7 @@ def main() -> None:
 
 
 def _copy(files: list[str], folder: Path) -> None:
-    folder.mkdir()
+    folder.mkdir(exist_ok=True)
     subprocess.run(["cp", *files, str(folder)], check=True)
     subprocess.run(["sync", *(str(folder / Path(file).name) for file in files)], check=True)
 
