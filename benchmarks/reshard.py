@@ -17,6 +17,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -29,10 +30,9 @@ from megatron.checkpoint.conversion import Target, to_hugging_face, to_megatron
 from megatron.checkpoint.diff import compare
 from megatron.checkpoint.manager import save
 from megatron.checkpoint.opening import open_source
-from megatron.checkpoint.placement import logical_shapes
+from megatron.checkpoint.placement import logical_shapes, regions_of_rank
 from megatron.checkpoint.source import CheckpointInfo, LocalTensor, RunState
 from megatron.core.layout import ParallelLayout
-from megatron.core.sharding import Region
 from megatron.core.topology import Axis
 from megatron.model.config import ModelConfig
 
@@ -75,7 +75,8 @@ def make_inputs(model: ModelConfig, folder: Path) -> None:
     drawn = torch.randn(_DRAWN_ELEMENTS, generator=torch.Generator().manual_seed(0)).bfloat16()
     shapes = logical_shapes(model)
     whole = {name: _repeated(drawn, shape, number) for number, (name, shape) in enumerate(shapes.items())}
-    held = [LocalTensor("model", [_whole_region(name, tensor)], tensor) for name, tensor in whole.items()]
+    regions = [replace(region, local_start=region.start) for region in regions_of_rank(model, ParallelLayout(), 0)]
+    held = [LocalTensor("model", [region], whole[region.name]) for region in regions]
     save(folder / "tp1", CheckpointInfo(RunState(iteration=1), model, "llama2"), held, Axis("world"))
     for case, layout in (("tp1", ParallelLayout()), ("tp4", ParallelLayout(tp=4))):
         save_classic(split_classic(model, whole, layout), folder / f"{case}.pt")
@@ -149,11 +150,6 @@ def _check_output(case: str, folder: Path) -> None:
     difference = compare(source, written, weights_only=True, num_workers=2, on_bytes=lambda num_bytes: None)
     assert difference.is_empty, difference
     assert len(list(written.path.glob("*.safetensors"))) == LAYOUTS[case].world_size
-
-
-def _whole_region(name: str, tensor: Tensor) -> Region:
-    shape, origin = tuple(tensor.shape), (0,) * tensor.dim()
-    return Region(name, shape, origin, shape, origin)
 
 
 def _repeated(drawn: Tensor, shape: tuple[int, ...], number: int) -> Tensor:

@@ -6,6 +6,7 @@ pad, parameters held by all ranks, and five layers, which no number of stages bu
 
 from __future__ import annotations
 
+import json
 import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor
 
 from megatron.checkpoint.commit import commit
+from megatron.checkpoint.manifest import FileRecord
 from megatron.checkpoint.plan import Rectangle
 from megatron.checkpoint.source import CheckpointInfo, LocalTensor, RunState, TokenizerIdentity
 from megatron.checkpoint.storage import OutgoingPiece, write_file
@@ -102,7 +104,7 @@ def save_from_one_process(
     layout: ParallelLayout,
     *,
     by_rows: bool = False,
-    block_bytes: int = 512,
+    tile_bytes: int = 512,
     info: CheckpointInfo = INFO,
     dtype: torch.dtype = torch.float32,
 ) -> Path:
@@ -118,6 +120,7 @@ def save_from_one_process(
                     region.global_shape,
                     dtype,
                     Rectangle(region.start, region.size),
+                    region.cut,
                     lambda held=held, region=region: held.tensor[region.local_slices],
                 )
                 for held in held_by(layout, rank, whole, by_rows=by_rows)
@@ -125,10 +128,24 @@ def save_from_one_process(
                 if region.copy == 0
             ]
             if pieces:
-                written.append(write_file(folder / f"rank_{rank:05d}.safetensors", pieces, block_bytes=block_bytes))
+                written.append(write_file(folder / f"rank_{rank:05d}.safetensors", pieces, tile_bytes=tile_bytes))
         return written
 
     return commit(root, info, write, Axis("world"), expected=whole.keys())
+
+
+def tiles_of_bytes(folder: Path, name: str, record: FileRecord) -> list[tuple[str, int, int]]:
+    """Of each byte of a file's data section: its tensor, and which group of rows and which strip of them it lies in."""
+    header = (folder / name).read_bytes()[: record.header_bytes]
+    found: list[tuple[str, int, int]] = []
+    for key, fields in sorted(json.loads(header[8:]).items(), key=lambda item: item[1]["data_offsets"]):
+        first, end = fields["data_offsets"]
+        assert first == len(found)
+        num_rows = fields["shape"][0] if fields["shape"] else 1
+        for byte in range(end - first):
+            row, column = divmod(byte, (end - first) // num_rows)
+            found.append((key, row // record.tiles[key].rows, column // record.tiles[key].columns))
+    return found
 
 
 def blank_like(held: list[LocalTensor]) -> list[LocalTensor]:

@@ -40,11 +40,6 @@ class StoredTensor:
     offset: int
 
     @property
-    def row_bytes(self) -> int:
-        """Bytes of one step along dimension 0; those of the only element of a scalar."""
-        return math.prod(self.shape[1:]) * self.dtype.itemsize
-
-    @property
     def num_bytes(self) -> int:
         return math.prod(self.shape) * self.dtype.itemsize
 

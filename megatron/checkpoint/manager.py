@@ -14,7 +14,8 @@ from megatron.checkpoint.commit import commit
 from megatron.checkpoint.plan import Rectangle
 from megatron.checkpoint.retention import Retention, remove_old
 from megatron.checkpoint.source import CheckpointInfo, LocalTensor, Source, load_tensors
-from megatron.checkpoint.storage import BLOCK_BYTES, OutgoingPiece, write_file
+from megatron.checkpoint.storage import OutgoingPiece, write_file
+from megatron.checkpoint.tiles import TILE_BYTES
 from megatron.core.sharding import Region
 from megatron.core.topology import Axis
 from megatron.errors import CheckpointError
@@ -30,7 +31,7 @@ def save(
     tensors: Sequence[LocalTensor],
     world: Axis,
     *,
-    block_bytes: int = BLOCK_BYTES,
+    tile_bytes: int = TILE_BYTES,
     is_owned: bool = False,
     retention: Retention | None = None,
 ) -> Path:
@@ -45,7 +46,7 @@ def save(
     folder = commit(
         root,
         info,
-        lambda folder: [write_file(folder / file_name(world.rank), pieces, block_bytes=block_bytes)] if pieces else [],
+        lambda folder: [write_file(folder / file_name(world.rank), pieces, tile_bytes=tile_bytes)] if pieces else [],
         world,
         expected={local.entry(region) for local in tensors for region in local.regions},
         num_bytes=sum(piece.num_bytes for piece in pieces),
@@ -93,5 +94,6 @@ def _outgoing(local: LocalTensor, region: Region) -> OutgoingPiece:
         shape=region.global_shape,
         dtype=local.tensor.dtype,
         rectangle=Rectangle(region.start, region.size),
+        cut=region.cut,
         read=lambda: local.tensor[region.local_slices],
     )

@@ -1,8 +1,8 @@
 """The manifest: the commit record of a checkpoint.
 
-It says which entries there are, of which rectangles in which files each is made, the checksum of every block of every
-file, and everything of the run that is not a tensor. It is written last: a folder without one is no checkpoint. The
-first line holds the checksum of all that follows it; the whole file is JSON.
+It says which entries there are, of which rectangles in which files each is made, the checksum of every tile of every
+tensor in them, and everything of the run that is not a tensor. It is written last: a folder without one is no
+checkpoint. The first line holds the checksum of all that follows it; the whole file is JSON.
 """
 
 from __future__ import annotations
@@ -21,11 +21,12 @@ import torch
 from megatron.checkpoint.container import DTYPE_NAMES, DTYPES
 from megatron.checkpoint.plan import Rectangle, tiling_defect
 from megatron.checkpoint.source import JSON, CheckpointInfo, RunState, TokenizerIdentity
+from megatron.checkpoint.tiles import Tiles
 from megatron.errors import CheckpointError, DamagedCheckpointError
 from megatron.model.config import ModelConfig, RopeScaling
 
 MANIFEST_FILE = "manifest.json"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 T = TypeVar("T")
 
@@ -48,13 +49,12 @@ class Entry:
 
 @dataclass(frozen=True)
 class FileRecord:
-    """What a file must look like. Block `i` of the data section starts at byte ``i * block_bytes`` of it."""
+    """What a file must look like: `tiles` has the checksums of each of its tensors that has elements, by its key."""
 
     num_bytes: int
     header_bytes: int
     header_crc32: int
-    block_bytes: int
-    block_crc32: tuple[int, ...]
+    tiles: Mapping[str, Tiles]
 
 
 @dataclass(frozen=True)
@@ -114,7 +114,15 @@ def _to_json(manifest: Manifest) -> dict[str, JSON]:
         "format_version": FORMAT_VERSION,
         **dataclasses.asdict(manifest.info),
         "files": {
-            name: {**dataclasses.asdict(record), "block_crc32": " ".join(f"{crc:08x}" for crc in record.block_crc32)}
+            name: {
+                "num_bytes": record.num_bytes,
+                "header_bytes": record.header_bytes,
+                "header_crc32": record.header_crc32,
+                "tiles": {
+                    key: {"rows": tiles.rows, "columns": tiles.columns, "crc32": tiles.crc32.hex(" ", 4)}
+                    for key, tiles in record.tiles.items()
+                },
+            }
             for name, record in sorted(manifest.files.items())
         },
         "entries": {
@@ -150,7 +158,10 @@ def _entry(fields: Mapping[str, Any]) -> Entry:
 
 
 def _file_record(fields: Mapping[str, Any]) -> FileRecord:
-    return FileRecord(**{**fields, "block_crc32": tuple(int(crc, 16) for crc in fields["block_crc32"].split())})
+    tiles = {
+        key: Tiles(held["rows"], held["columns"], bytes.fromhex(held["crc32"])) for key, held in fields["tiles"].items()
+    }
+    return FileRecord(**{**fields, "tiles": tiles})
 
 
 def _model_config(fields: Mapping[str, Any], path: Path) -> ModelConfig:

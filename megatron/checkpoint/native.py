@@ -16,17 +16,17 @@ from megatron.checkpoint.source import RunState, TokenizerIdentity
 from megatron.checkpoint.verified_file import VerifiedFile
 from megatron.model.config import ModelConfig
 
-# Each open file keeps one block, so this bounds the memory and the descriptors of a thread that reads.
+# Each open file keeps some tiles, so this bounds the memory and the descriptors of a thread that reads.
 _MAX_OPEN_FILES = 16
 
 
 class NativeSource:
-    """Reads an iteration's folder; see `Source`. The manifest is verified at once, blocks when they are read."""
+    """Reads an iteration's folder; see `Source`. The manifest is verified at once, tiles when they are read."""
 
     def __init__(self, path: Path):
         self.path = path
         self.manifest: Manifest = read_manifest(path)
-        # Threads read in different places: each keeps the last block of its own.
+        # Threads read in different places: each keeps the last tiles of its own.
         self._of_thread = threading.local()
 
     def names(self) -> Sequence[str]:

@@ -27,6 +27,7 @@ from megatron.checkpoint.tokenizer_copy import copy_tokenizer
 from megatron.checkpoint.tokenizer_files import SENTENCEPIECE_FILE, TOKENIZER_FOLDER, identity_of
 from megatron.checkpoint.tokenizer_source import files_beside
 from megatron.core.layout import ParallelLayout
+from megatron.core.sharding import Region
 from megatron.core.topology import Axis
 from megatron.errors import CheckpointError, listed
 
@@ -69,14 +70,14 @@ def plan_resharding(
     kinds = _kinds(source, shapes)
     stored = set(source.names())
 
-    def planned(entry: str, rectangle: Rectangle) -> PlannedPiece:
+    def planned(entry: str, region: Region) -> PlannedPiece:
         is_weight = entry.startswith(f"{MODEL}.")
         dtype = weights_dtype if weights_dtype is not None and is_weight else source.dtype(entry)
-        return PlannedPiece(entry, source.shape(entry), dtype, rectangle)
+        return PlannedPiece(entry, source.shape(entry), dtype, Rectangle(region.start, region.size), region.cut)
 
     files = {
         file_name(rank): tuple(
-            planned(f"{kind}.{region.name}", Rectangle(region.start, region.size))
+            planned(f"{kind}.{region.name}", region)
             for region in held
             for kind in kinds
             if region.copy == 0 and f"{kind}.{region.name}" in stored

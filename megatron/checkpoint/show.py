@@ -111,15 +111,15 @@ def _file_table(manifest: Manifest) -> Table:
         for piece in entry.pieces:
             pieces[piece.file].append((name, piece.rectangle.size != entry.shape))
     table = Table(box=None, header_style="bold")
-    for heading in ("file", "size", "tensors", "of them parts", "layers", "blocks"):
+    for heading in ("file", "size", "tensors", "of them parts", "layers", "checksums"):
         table.add_column(heading, justify="left" if heading in ("file", "layers") else "right", overflow="fold")
     for name, record in sorted(manifest.files.items()):
         held = pieces[name]
         layers = {int(found[1]) for entry, _ in held if (found := re.search(r"\blayers\.(\d+)\.", entry))}
-        num_blocks = f"{len(record.block_crc32)} of {record.block_bytes / 2**20:g} MiB"
+        num_checksums = f"{sum(tiles.num_checksums for tiles in record.tiles.values()):,}"
         num_parts = str(sum(is_part for _, is_part in held))
         table.add_row(
-            name, format_bytes(record.num_bytes), str(len(held)), num_parts, number_ranges(layers), num_blocks
+            name, format_bytes(record.num_bytes), str(len(held)), num_parts, number_ranges(layers), num_checksums
         )
     return table
 

@@ -136,7 +136,7 @@ def load_tensors(source: Source, tensors: Sequence[LocalTensor], *, narrow: bool
     have another shape, or would be rounded, before anything is read.
     """
     _check_fits(source, tensors, narrow=narrow)
-    # Entries lie in the files in the order of their names: neighbours share blocks.
+    # Entries lie in the files in the order of their names: they are read from front to back.
     for local, region in sorted(((t, r) for t in tensors for r in t.regions), key=lambda pair: pair[0].entry(pair[1])):
         fill(local.tensor, [region], lambda r, local=local: source.read(local.entry(r), r.start, r.size))  # type: ignore[misc]
 

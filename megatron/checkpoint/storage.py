@@ -1,4 +1,4 @@
-"""Writing files of tensors with a checksum for every block; `verified_file` reads them.
+"""Writing files of tensors with a checksum for every tile of each (`tiles`); `verified_file` reads them.
 
 The layout is known from shapes alone and rows are taken one group after another, so that the memory of a file being
 written is one group; the space is reserved before the first byte.
@@ -7,35 +7,39 @@ written is one group; the space is reserved before the first byte.
 from __future__ import annotations
 
 import errno
+import math
 import os
 import zlib
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from megatron.checkpoint.container import StoredTensor, build_header, bytes_of, data_end
+from megatron.checkpoint.container import StoredTensor, build_header, data_end
 from megatron.checkpoint.manifest import FileRecord, Piece
 from megatron.checkpoint.plan import Rectangle
-
-# Small enough that a slice drags little along and a block stays in the processor's cache between read and checksum.
-BLOCK_BYTES = 4 * 2**20
+from megatron.checkpoint.tiles import TILE_BYTES, TileGrid, Tiles, checksum, matrix_of, pack_checksums, tile_shape
+from megatron.core.sharding import Cut
 
 _NO_RESERVATION = (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS)
 
 
 @dataclass(frozen=True)
 class PlannedPiece:
-    """A rectangle of an entry that a file will hold."""
+    """A rectangle of an entry that a file will hold. Its tiles are laid for slices that follow the entry's `cut`."""
 
     entry: str
     shape: tuple[int, ...]
     dtype: torch.dtype
     rectangle: Rectangle
+    cut: Cut | None
 
     @property
     def key(self) -> str:
@@ -77,9 +81,9 @@ class WrittenFile:
     pieces: tuple[WrittenPiece, ...]
 
 
-def write_file(path: Path, pieces: Sequence[OutgoingPiece], *, block_bytes: int = BLOCK_BYTES) -> WrittenFile:
+def write_file(path: Path, pieces: Sequence[OutgoingPiece], *, tile_bytes: int = TILE_BYTES) -> WrittenFile:
     """Writes a new file durably. Raises OSError, for lack of space before anything is written."""
-    with FileWriter(path, pieces, block_bytes=block_bytes) as writer:
+    with FileWriter(path, pieces, tile_bytes=tile_bytes) as writer:
         for piece in sorted(pieces, key=lambda p: p.order):
             content = piece.read()
             for rows in [content] if isinstance(content, Tensor) else content:
@@ -100,10 +104,10 @@ class FileWriter(AbstractContextManager["FileWriter"]):
     Opening it writes the header and reserves the space of everything; raises OSError if there is not enough.
     """
 
-    def __init__(self, path: Path, pieces: Sequence[PlannedPiece], *, block_bytes: int = BLOCK_BYTES):
+    def __init__(self, path: Path, pieces: Sequence[PlannedPiece], *, tile_bytes: int = TILE_BYTES):
         self._path = path
         self._pieces = sorted(pieces, key=lambda p: p.order)
-        self._block_bytes = block_bytes
+        self._tile_bytes = tile_bytes
         header, tensors = _layout(self._pieces)
         self._header_bytes, self._header_crc32 = len(header), zlib.crc32(header)
         self._data_bytes = data_end(tensors)
@@ -114,23 +118,27 @@ class FileWriter(AbstractContextManager["FileWriter"]):
         except BaseException:
             self._file.close()
             raise
-        self._blocks = _BlockWriter(self._file, block_bytes)
+        self._summed = {p.key: _SummedTensor(p, tile_bytes) for p in self._pieces if p.num_bytes}
+        self._unfinished = deque(self._summed.values())
 
     def append(self, rows: Tensor) -> None:
         """Writes the next rows of the next piece; `rows` may be strided, on a device, and need not be a whole piece."""
-        for group in _row_groups(rows, self._block_bytes):
-            self._blocks.write(bytes_of(group))
+        for group in _row_groups(rows, self._tile_bytes):
+            content = matrix_of(group)
+            self._file.write(content.data)
+            self._unfinished[0].add(content)
+            if self._unfinished[0].is_finished:
+                self._unfinished.popleft()
 
     def finish(self) -> WrittenFile:
-        assert self._blocks.num_bytes == self._data_bytes, "the rows are not those of the pieces that were announced"
+        assert not self._unfinished, "the rows are not those of the pieces that were announced"
         self._file.flush()
         os.fsync(self._file.fileno())
         record = FileRecord(
             self._header_bytes + self._data_bytes,
             self._header_bytes,
             self._header_crc32,
-            self._block_bytes,
-            tuple(self._blocks.checksums),
+            {key: tensor.tiles() for key, tensor in self._summed.items()},
         )
         name = self._path.name
         written = (WrittenPiece(p.entry, p.shape, p.dtype, Piece(name, p.key, p.rectangle)) for p in self._pieces)
@@ -140,26 +148,35 @@ class FileWriter(AbstractContextManager["FileWriter"]):
         self._file.close()
 
 
-class _BlockWriter:
-    """Writes bytes and keeps the CRC-32 of each block of the data section."""
+class _SummedTensor:
+    """The checksums of a tensor that comes some rows at a time: one runs for each strip of the group under way."""
 
-    def __init__(self, file: BinaryIO, block_bytes: int):
-        self._file = file
-        self._block_bytes = block_bytes
-        self._room = 0
-        self.num_bytes = 0
-        self.checksums: list[int] = []
+    def __init__(self, piece: PlannedPiece, tile_bytes: int):
+        shape = piece.rectangle.size
+        self._grid = TileGrid.over(shape, piece.dtype, *tile_shape(shape, piece.dtype, piece.cut, tile_bytes))
+        self._num_rows = 0
+        self._checksums: list[int] = []
 
-    def write(self, content: memoryview) -> None:
-        while content:
-            if self._room == 0:
-                self.checksums.append(0)
-                self._room = self._block_bytes
-            part, content = content[: self._room], content[self._room :]
-            self._file.write(part)
-            self.checksums[-1] = zlib.crc32(part, self.checksums[-1])
-            self._room -= len(part)
-            self.num_bytes += len(part)
+    @property
+    def is_finished(self) -> bool:
+        return self._num_rows == self._grid.num_rows
+
+    def add(self, content: NDArray[np.uint8]) -> None:
+        """content: [rows, bytes of a row], the next ones."""
+        grid, first = self._grid, self._num_rows
+        self._num_rows += len(content)
+        assert self._num_rows <= grid.num_rows and content.shape[1] == grid.row_bytes, "rows of another piece"
+        for group, rows in grid.groups_with(range(first, self._num_rows)):
+            if rows.start == grid.rows_of(group).start:
+                self._checksums += [0] * len(grid.strips)
+            part = content[rows.start - first : rows.stop - first]
+            for strip in grid.strips:
+                columns = grid.bytes_of(range(strip, strip + 1))
+                number = grid.number(group, strip)
+                self._checksums[number] = checksum(part[:, columns.start : columns.stop], self._checksums[number])
+
+    def tiles(self) -> Tiles:
+        return Tiles(self._grid.rows, self._grid.columns, pack_checksums(self._checksums))
 
 
 def _layout(ordered: Sequence[PlannedPiece]) -> tuple[bytes, dict[str, StoredTensor]]:
@@ -173,7 +190,7 @@ def _row_groups(tensor: Tensor, limit_bytes: int) -> Iterator[Tensor]:
     if tensor.numel() == 0:
         return
     rows = tensor if tensor.dim() else tensor.reshape(1)
-    row_bytes = rows[0].numel() * rows.element_size()
+    row_bytes = math.prod(rows.shape[1:]) * rows.element_size()
     for group in rows.split(max(1, limit_bytes // row_bytes)):
         yield group.detach().cpu().contiguous()
 

@@ -1,6 +1,6 @@
 """Looking for damage: everything that is wrong, not the first of it.
 
-Files of this project are compared with the checksums in the manifest, block by block. Other formats have none: their
+Files of this project are compared with the checksums in the manifest, tile by tile. Other formats have none: their
 files are read to the end, and every tensor of the model must be there.
 """
 
@@ -80,7 +80,7 @@ def stored_bytes(folder: Path) -> int:
 
 
 def verify_iteration(folder: Path, *, num_workers: int = 1, on_bytes: Callable[[int], object]) -> Findings:
-    """Reads every byte of an iteration of this project. `on_bytes` hears of each block."""
+    """Reads every byte of an iteration of this project. `on_bytes` hears of bytes that were read."""
     try:
         manifest = read_manifest(folder)
     except CheckpointError as error:

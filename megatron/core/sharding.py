@@ -61,10 +61,21 @@ class Block:
 
 
 @dataclass(frozen=True)
+class Cut:
+    """How the tensor axis cuts a logical tensor: along which dimension, and whether into equal parts. Padding makes
+    them unequal: all but the last have the rows that a padded tensor would give them.
+    """
+
+    dim: int
+    is_even: bool = True
+
+
+@dataclass(frozen=True)
 class Region:
     """A rectangle of one logical tensor, and where it lies in the local tensor. All in elements.
 
-    `copy` is 0 for the one holder that counts in norms and writes the checkpoint.
+    `copy` is 0 for the one holder that counts in norms and writes the checkpoint. `cut` is that of its tensor, on any
+    number of ranks; None where all of them hold it whole.
     """
 
     name: str
@@ -73,6 +84,7 @@ class Region:
     size: tuple[int, ...]
     local_start: tuple[int, ...]
     copy: int = 0
+    cut: Cut | None = None
 
     @property
     def local_slices(self) -> tuple[slice, ...]:
@@ -153,7 +165,13 @@ class ShardSpec:
         self, block: Block, start: tuple[int, ...], size: tuple[int, ...], local_start: tuple[int, ...], copy: int
     ) -> Region:
         return Region(
-            block.name, block.global_shape, start, size, local_start, copy + 1 if self.tied == "copy" else copy
+            name=block.name,
+            global_shape=block.global_shape,
+            start=start,
+            size=size,
+            local_start=local_start,
+            copy=copy + 1 if self.tied == "copy" else copy,
+            cut=None if self.dim is None else Cut(self.dim, is_even=block.padded_units is None),
         )
 
 
@@ -178,4 +196,5 @@ def _cut_rows(region: Region, first: int, last: int) -> Region | None:
         size=(bottom - top, *region.size[1:]),
         local_start=(top - first, *region.local_start[1:]),
         copy=region.copy,
+        cut=region.cut,
     )

@@ -46,7 +46,7 @@ def first_rank_decides() -> tuple[str, list[int]]:
 def save_and_load(root: str, saved: ParallelLayout, loaded: ParallelLayout, by_rows: bool) -> bool:
     """True if this rank of the second layout holds bitwise what it should."""
     axis = world()
-    save(Path(root), INFO, held_by(saved, axis.rank, whole_tensors(), by_rows=by_rows), axis, block_bytes=512)
+    save(Path(root), INFO, held_by(saved, axis.rank, whole_tensors(), by_rows=by_rows), axis, tile_bytes=512)
     expected = held_by(loaded, axis.rank, whole_tensors(), by_rows=True)
     held = blank_like(expected)
     load(open_checkpoint(Path(root), axis), held, axis)
@@ -118,4 +118,4 @@ def test_damage_that_one_rank_finds_stops_all_ranks(tmp_path: Path) -> None:
     path.write_bytes(content)
     messages = run_distributed(message_of_loading, 2, str(tmp_path))
     assert messages[0] == messages[1]
-    assert messages[0].startswith("rank 1: ") and "rank_00001.safetensors: block" in messages[0]
+    assert messages[0].startswith("rank 1: ") and "rank_00001.safetensors: the tile at rows" in messages[0]

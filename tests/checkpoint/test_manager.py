@@ -168,7 +168,7 @@ def expect_error(folder: Path, *parts: str) -> None:
 
 def test_a_flipped_bit_in_the_data_names_file_and_tensor(checkpoint: Path) -> None:
     flip(checkpoint / "rank_00001.safetensors", -5)
-    expect_error(checkpoint, "rank_00001.safetensors: block", "optimizer.exp_avg_sq.layers.")
+    expect_error(checkpoint, "rank_00001.safetensors: the tile at rows ", " of optimizer.exp_avg_sq.layers.")
 
 
 def test_a_flipped_bit_in_the_header_names_the_file(checkpoint: Path) -> None:
@@ -184,7 +184,7 @@ def test_a_flipped_bit_in_the_manifest_is_found(checkpoint: Path, position: int)
 
 def test_the_manifest_is_json_that_anybody_can_read(checkpoint: Path) -> None:
     content = json.loads((checkpoint / MANIFEST_FILE).read_text())
-    assert content["format_version"] == 1 and content["state"]["consumed_samples"] == 40
+    assert content["format_version"] == 2 and content["state"]["consumed_samples"] == 40
 
 
 def rewrite_manifest(folder: Path, old: str, new: str) -> None:
@@ -198,7 +198,7 @@ def rewrite_manifest(folder: Path, old: str, new: str) -> None:
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
-        ('"format_version": 1', '"format_version": 2', "has format version 2, this program reads version 1"),
+        ('"format_version": 2', '"format_version": 3', "has format version 3, this program reads version 2"),
         ('"hidden_size": 24', '"hidden_size": 24, "num_experts": 8', "gives num_experts for ModelConfig"),
         ('"seed": 7', '"seed": 7, "loss_scale": 1.0', "gives loss_scale for RunState"),
     ],
@@ -214,11 +214,19 @@ def test_a_manifest_that_leaves_a_gap_is_refused_at_once(checkpoint: Path) -> No
     rewrite_manifest(checkpoint, json.dumps(piece["file"]), json.dumps(piece["file"]))  # the same bytes are accepted
     open_source(checkpoint)
     body = (checkpoint / MANIFEST_FILE).read_text().partition("\n")[2]
-    start = body.index('"model.final_norm.weight"')
+    start = body.index('"model.final_norm.weight"', body.index('"entries"'))
     end = body.index('"size": [', start) + len('"size": [')
     changed = body[:end] + body[end:].replace("24", "23", 1)
     rewrite_manifest(checkpoint, body, changed)
     expect_error(checkpoint, "model.final_norm.weight of iteration 10 is not stored exactly once: 1 of its 24 elements")
+
+
+def test_a_manifest_with_too_few_checksums_for_a_tensor_is_damage(checkpoint: Path) -> None:
+    content = json.loads((checkpoint / MANIFEST_FILE).read_text())
+    key = "model.layers.0.attention.out.weight[0:24, 0:16]"
+    checksums = content["files"]["rank_00000.safetensors"]["tiles"][key]["crc32"]
+    rewrite_manifest(checkpoint, checksums, checksums[9:])
+    expect_error(checkpoint, f"the manifest does not have a checksum for every tile of {key}: it is damaged")
 
 
 def test_a_truncated_shard_is_found(checkpoint: Path) -> None:
@@ -242,7 +250,7 @@ def test_a_shard_of_another_checkpoint_is_found(checkpoint: Path, tmp_path: Path
     content = path.read_bytes()
     path.write_bytes(content[:-600] + bytes(600))
     shutil.copy(path, checkpoint / path.name)
-    expect_error(checkpoint, "rank_00000.safetensors: block", "does not have the checksum")
+    expect_error(checkpoint, "rank_00000.safetensors: the tile at rows ", "does not have the checksum")
 
 
 def test_a_missing_shard_is_named(checkpoint: Path) -> None:

@@ -134,7 +134,7 @@ def test_a_file_that_cannot_be_removed_is_a_warning_at_this_save_and_the_next(
 def test_a_checkpoint_of_another_version_neither_counts_nor_goes(tmp_path: Path) -> None:
     saved(tmp_path, 1, 2)
     path = iteration_folder(tmp_path, 2) / MANIFEST_FILE
-    body = path.read_text().partition("\n")[2].replace('"format_version": 1', '"format_version": 2')
+    body = path.read_text().partition("\n")[2].replace('"format_version": 2', '"format_version": 3')
     path.write_text(f'{{"crc32": "{zlib.crc32(body.encode()):08x}",\n{body}')
     for iteration in (3, 4, 5):
         save_iteration(tmp_path, iteration, Retention(2))

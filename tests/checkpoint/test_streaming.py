@@ -18,6 +18,7 @@ from megatron.checkpoint.plan import Rectangle
 from megatron.checkpoint.storage import PlannedPiece
 from megatron.checkpoint.streaming import share_out, write_files
 from megatron.core.layout import ParallelLayout
+from megatron.core.sharding import Cut
 from megatron.errors import CheckpointError
 
 
@@ -27,7 +28,7 @@ def thirds(source: NativeSource) -> dict[str, list[PlannedPiece]]:
     for name in source.names():
         shape, dtype = source.shape(name), source.dtype(name)
         if len(shape) == 1:
-            files["b"].append(PlannedPiece(name, shape, dtype, Rectangle.whole(shape)))
+            files["b"].append(PlannedPiece(name, shape, dtype, Rectangle.whole(shape), None))
             continue
         rows, columns = shape[0] // 2, shape[1] // 3
         for file, start, size in (
@@ -35,13 +36,13 @@ def thirds(source: NativeSource) -> dict[str, list[PlannedPiece]]:
             ("b", (0, columns), (rows, shape[1] - columns)),
             ("c", (rows, 0), (shape[0] - rows, shape[1])),
         ):
-            files[file].append(PlannedPiece(name, shape, dtype, Rectangle(start, size)))
+            files[file].append(PlannedPiece(name, shape, dtype, Rectangle(start, size), Cut(1)))
     return files
 
 
 @pytest.fixture
 def source(tmp_path: Path) -> NativeSource:
-    return NativeSource(save_from_one_process(tmp_path / "in", ParallelLayout(tp=2), block_bytes=4096))
+    return NativeSource(save_from_one_process(tmp_path / "in", ParallelLayout(tp=2), tile_bytes=4096))
 
 
 @pytest.fixture
@@ -88,7 +89,7 @@ def test_two_workers_read_the_rows_that_they_share_twice_and_no_others(
     write_files(source, tmp_path, files, num_workers=2, on_bytes=lambda num_bytes: None)
     stored = sum(record.num_bytes for record in source.manifest.files.values())
     headers = sum(record.header_bytes for record in source.manifest.files.values())
-    # Where one's rows end and the other's begin lies inside a block that both verify: once an entry and file at most.
+    # Where one's rows end and the other's begin lies inside tiles that both verify: once an entry and file at most.
     assert sum(bytes_read) <= stored + headers + 4096 * 2 * len(source.names())
 
 
@@ -98,7 +99,7 @@ def test_two_workers_read_the_rows_that_they_share_twice_and_no_others(
 )
 def test_shares_are_consecutive_files_and_leave_none_out(sizes: list[int], num_workers: int) -> None:
     files = {
-        str(number): [PlannedPiece("x", (size,), torch.uint8, Rectangle((0,), (size,)))]
+        str(number): [PlannedPiece("x", (size,), torch.uint8, Rectangle((0,), (size,)), None)]
         for number, size in enumerate(sizes)
     }
     shares = share_out(files, num_workers)

@@ -142,17 +142,17 @@ def test_what_was_found_damaged_while_reading_is_not_tried_again(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     save(tmp_path, 10, 20)
-    damaged = {iteration_folder(tmp_path, 20): "block 3 is not what was written."}
+    damaged = {iteration_folder(tmp_path, 20): "tile 3 is not what was written."}
     assert newest_valid(tmp_path, damaged).path == iteration_folder(tmp_path, 10)
     assert caplog.record_tuples[0][1] == logging.WARNING
-    assert "iteration 20: block 3 is not what was written." in caplog.messages[0]
+    assert "iteration 20: tile 3 is not what was written." in caplog.messages[0]
 
 
 def test_a_checkpoint_of_a_newer_program_is_not_passed_over(tmp_path: Path) -> None:
     """It is whole; an older one in its place would be training lost."""
     save(tmp_path, 10, 20)
     manifest = iteration_folder(tmp_path, 20) / MANIFEST_FILE
-    body = manifest.read_text().partition("\n")[2].replace('"format_version": 1', '"format_version": 2')
+    body = manifest.read_text().partition("\n")[2].replace('"format_version": 2', '"format_version": 3')
     manifest.write_text(f'{{"crc32": "{zlib.crc32(body.encode()):08x}",\n{body}')
-    with pytest.raises(CheckpointError, match="has format version 2"):
+    with pytest.raises(CheckpointError, match="has format version 3"):
         open_source(tmp_path)

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from checkpoint_samples import save_from_one_process, whole_tensors
+from checkpoint_samples import save_from_one_process, tiles_of_bytes, whole_tensors
 from hf_folders import save_llama
 from megatron.checkpoint.hf import HuggingFaceSource
 from megatron.checkpoint.locate import TRACKER_FILE
-from megatron.checkpoint.manifest import MANIFEST_FILE
+from megatron.checkpoint.manifest import MANIFEST_FILE, read_manifest
 from megatron.checkpoint.verify import Findings, folders_to_verify, verify_iteration, verify_source, verify_tracker
 from megatron.core.layout import ParallelLayout
 from megatron.errors import CheckpointError
@@ -107,26 +107,32 @@ def test_shards_that_changed_places_are_both_found(folder: Path) -> None:
     assert any(str(first) in message for message in damage) and any(str(second) in message for message in damage)
 
 
-def test_a_zeroed_page_is_found_in_every_block_it_covers(folder: Path) -> None:
-    """4096 bytes over blocks of 512: eight of them, or nine where the page does not begin with one."""
+def tiles_in(folder: Path, name: str, first: int, end: int) -> int:
+    """How many tiles have bytes between these of a file."""
+    record = read_manifest(folder).files[name]
+    return len(set(tiles_of_bytes(folder, name, record)[first - record.header_bytes : end - record.header_bytes]))
+
+
+def test_a_zeroed_page_is_found_in_every_tile_it_covers(folder: Path) -> None:
     file = folder / "rank_00000.safetensors"
     content = bytearray(file.read_bytes())
     page = len(content) // 8192 * 4096
     content[page : page + 4096] = bytes(4096)
     file.write_bytes(content)
     damage = verify(folder).damage
-    assert len(damage) in (8, 9) and all(str(file) in message for message in damage)
+    assert len(set(damage)) == len(damage) == tiles_in(folder, file.name, page, page + 4096)
+    assert all(str(file) in message for message in damage)
 
 
 def test_a_shard_of_another_checkpoint_is_found(tmp_path: Path, folder: Path) -> None:
-    """The same layout and shapes, other values: header and size agree, no block does."""
+    """The same layout and shapes, other values: header and size agree, no tile does."""
     other = save_from_one_process(tmp_path / "other", LAYOUT)
     name = "rank_00002.safetensors"
     content = bytearray((other / name).read_bytes())
     start = len(content) - 8 * 512
     content[start:] = bytes(byte ^ 1 for byte in content[start:])
     (folder / name).write_bytes(content)
-    assert len(verify(folder).damage) in (8, 9)
+    assert len(verify(folder).damage) == tiles_in(folder, name, start, len(content))
 
 
 def test_every_missing_file_is_named_and_a_foreign_one_is_remarked_on(folder: Path) -> None:

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from megatron.core.sharding import Block, ShardSpec, fill
+from megatron.core.sharding import Block, Cut, ShardSpec, fill
 from megatron.errors import ConfigError
 
 H = 6
@@ -55,6 +55,19 @@ def test_row_shards_filled_from_regions_are_torch_chunks_of_the_local_tensor(spe
             regions = spec.regions(tp_rank, tp_size, shard, num_shards)
             fill(rows, regions, lambda region: full[region.name][region.global_slices])
             torch.testing.assert_close(rows, expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(("tp_size", "num_shards"), [(1, 1), (4, 1), (2, 3)])
+@pytest.mark.parametrize("name", SPECS)
+def test_a_region_says_how_its_tensor_is_cut_on_any_number_of_ranks(name, tp_size, num_shards):
+    cut = {
+        "row parallel": Cut(1),
+        "replicated": None,
+        "replicated vector": None,
+        "padded vocabulary": Cut(0, is_even=False),
+    }.get(name, Cut(0))
+    for shard in range(num_shards):
+        assert {region.cut for region in SPECS[name].regions(0, tp_size, shard, num_shards)} == {cut}
 
 
 def test_fused_heads_are_dealt_out_and_few_key_heads_are_copied():

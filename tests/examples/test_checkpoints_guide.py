@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import re
 import shlex
@@ -12,10 +13,10 @@ import pytest
 import torch
 
 from megatron.checkpoint.manager import save
-from megatron.checkpoint.placement import logical_shapes
+from megatron.checkpoint.placement import logical_shapes, regions_of_rank
 from megatron.checkpoint.source import CheckpointInfo, LocalTensor, RunState
 from megatron.config import parse_run, resolve
-from megatron.core.sharding import Region
+from megatron.core.layout import ParallelLayout
 from megatron.core.topology import Axis
 from megatron.model.config import ModelConfig
 
@@ -51,12 +52,11 @@ def write_run(root: Path) -> None:
     """Two iterations of a run, as one process saves them."""
     for iteration in (100, 200):
         tensors = []
-        for name, shape in logical_shapes(MODEL).items():
-            origin = (0,) * len(shape)
+        for region in regions_of_rank(MODEL, ParallelLayout(), 0):
             for kind in KINDS:
-                generator = torch.Generator().manual_seed(zlib.crc32(f"{kind}.{name} {iteration}".encode()))
-                region = Region(name, shape, origin, shape, origin)
-                tensors.append(LocalTensor(kind, [region], torch.randn(shape, generator=generator)))
+                generator = torch.Generator().manual_seed(zlib.crc32(f"{kind}.{region.name} {iteration}".encode()))
+                alone = dataclasses.replace(region, local_start=region.start)
+                tensors.append(LocalTensor(kind, [alone], torch.randn(region.size, generator=generator)))
         state = RunState(
             iteration=iteration,
             consumed_samples=iteration * 16,

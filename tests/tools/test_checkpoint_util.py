@@ -22,11 +22,10 @@ from hf_folders import save_llama
 from megatron.checkpoint.manager import load, save
 from megatron.checkpoint.native import NativeSource
 from megatron.checkpoint.opening import open_source
-from megatron.checkpoint.placement import specs_of_rank
+from megatron.checkpoint.placement import regions_of_rank, specs_of_rank
 from megatron.checkpoint.source import CheckpointInfo, LocalTensor, RunState, TokenizerIdentity
 from megatron.checkpoint.tokenizer_files import identity_of
 from megatron.core.layout import ParallelLayout
-from megatron.core.sharding import Region
 from megatron.core.topology import Axis
 from megatron.errors import CheckpointError, MegatronError
 from megatron.model.config import ModelConfig
@@ -88,14 +87,12 @@ def write_checkpoint(
     config: dict | None = None,
 ) -> Path:
     """Random values for every tensor of the model, as one process saves them."""
-    shapes = {block.name: block.global_shape for s in specs_of_rank(model, ParallelLayout(), 0) for block in s.blocks}
     tensors = []
-    for name, shape in shapes.items():
-        origin = (0,) * len(shape)
+    for region in regions_of_rank(model, ParallelLayout(), 0):
+        alone = dataclasses.replace(region, local_start=region.start)
         for kind in kinds:
-            generator = torch.Generator().manual_seed(zlib.crc32(f"{kind}.{name}".encode()))
-            region = Region(name, shape, origin, shape, origin)
-            tensors.append(LocalTensor(kind, [region], torch.randn(shape, generator=generator)))
+            generator = torch.Generator().manual_seed(zlib.crc32(f"{kind}.{region.name}".encode()))
+            tensors.append(LocalTensor(kind, [alone], torch.randn(region.size, generator=generator)))
     state = STATE if config is None else dataclasses.replace(STATE, config=config)
     return save(root, CheckpointInfo(state, model, model_name, tokenizer), tensors, WORLD)
 
@@ -409,7 +406,7 @@ def test_a_damaged_source_leaves_no_checkpoint_behind(tmp_path: Path, rewrite: R
     content = bytearray(path.read_bytes())
     content[-3] ^= 1
     path.write_bytes(content)
-    with pytest.raises(CheckpointError, match=r"rank_00000\.safetensors: block 0"):
+    with pytest.raises(CheckpointError, match=r"rank_00000\.safetensors: the tile at rows 0 to "):
         rewrite(tmp_path / "in", tmp_path / "out")
     assert {entry.name for entry in (tmp_path / "out").iterdir()} == {".lock"}
 

@@ -52,15 +52,16 @@ def test_verify_says_that_nothing_is_damaged(tmp_path: Path, run: Run) -> None:
     assert run("verify", folder)[0] == 0
 
 
-def test_verify_names_every_damaged_block_of_every_file(tmp_path: Path, run: Run) -> None:
+def test_verify_names_every_damaged_tile_of_every_file(tmp_path: Path, run: Run) -> None:
     folder = save_from_one_process(tmp_path, ParallelLayout(tp=2))
     for name, position in (("rank_00000", -1), ("rank_00000", -2000), ("rank_00001", -1)):
         flip(folder / f"{name}.safetensors", position)
     status, report = run("verify", tmp_path, "--num_workers", 2)
     assert status == 1
     damaged = [line for line in report.splitlines() if line.startswith("DAMAGED")]
-    assert [line.count("rank_00000.safetensors: block ") for line in damaged] == [1, 1, 0]
-    assert "rank_00001.safetensors: block " in damaged[2] and damaged[2].endswith(".attention.v.weight[4:8, 0:24].")
+    assert [line.count("rank_00000.safetensors: the tile at rows ") for line in damaged] == [1, 1, 0]
+    assert "rank_00001.safetensors: the tile at rows " in damaged[2]
+    assert " of optimizer.exp_avg_sq.layers.4.attention.v.weight[4:8, 0:24] (bytes " in damaged[2]
     assert f"{folder}: 3 damaged place(s) in 3 file(s)" in report
 
 

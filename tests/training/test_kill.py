@@ -77,7 +77,7 @@ def save_until_killed(root: str, in_background: bool, victim: int, delay_s: floa
     axis = topology.second_world() if in_background else world
     saver = Saver(
         lambda info, tensors: save(
-            Path(root), info, tensors, axis, block_bytes=512, is_owned=True, retention=Retention(2, loaded)
+            Path(root), info, tensors, axis, tile_bytes=512, is_owned=True, retention=Retention(2, loaded)
         ),
         HostBuffers(held) if in_background else None,
     )
