@@ -132,9 +132,7 @@ def test_moments_of_a_load_that_failed_do_not_stay_where_the_older_checkpoint_ha
         command(data, load=iteration_folder(run, 0), save=expected, **flags),
         command(data, load=run, save=run, **flags),
     )
-    assert (
-        "loading iteration 0, because of iteration 2: " in continued and " of optimizer.exp_avg_sq." in continued
-    )
+    assert "loading iteration 0, because of iteration 2: " in continued and " of optimizer.exp_avg_sq." in continued
     assert_same_bits(stored_entries(run), stored_entries(expected))
 
 
