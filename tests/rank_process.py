@@ -16,6 +16,7 @@ import os
 import pickle
 import signal
 import sys
+import tempfile
 import traceback
 import types
 from dataclasses import dataclass
@@ -62,6 +63,7 @@ def run_rank(job: RankJob, report: Connection) -> None:
     """Sends ("result", pickled value) once the function returned, ("error", traceback) when anything raised."""
     stacks = open(stack_file(job.scratch, job.rank), "w")  # noqa: SIM115 - has to stay open for the signal handler
     faulthandler.register(signal.SIGUSR1, file=stacks, all_threads=True)
+    tempfile.tempdir = job.scratch  # so that nothing is left when a rank ends without cleaning up
     status = 0
     try:
         _form_group(job)

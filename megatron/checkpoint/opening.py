@@ -82,7 +82,7 @@ def _open_native(path: Path, iteration: int | None) -> NativeSource:
 
 def _is_megatron_legacy(path: Path) -> bool:
     """The tracker is named alike: a folder in which this project has saved as well is this project's."""
-    return is_legacy_tree(path) and not list_iterations(path)
+    return not list_iterations(path) and is_legacy_tree(path)
 
 
 def open_megatron_legacy(path: Path, iteration: int | None, *, rotary_halves: bool = False) -> LegacySource:

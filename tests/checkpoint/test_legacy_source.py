@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+import errno
 import os
 import random
 import re
@@ -36,6 +37,7 @@ from legacy_trees import (
 from megatron.checkpoint import open_source
 from megatron.checkpoint.legacy import LegacySource, mapped
 from megatron.checkpoint.legacy.arguments import Recorded
+from megatron.checkpoint.legacy.tree import is_legacy_tree
 from megatron.checkpoint.source import Source
 from megatron.checkpoint.verify import verify_source
 from megatron.errors import CheckpointError
@@ -631,3 +633,19 @@ def test_no_flipped_bit_goes_unnoticed_or_breaks_anything(tmp_path):
             assert_holds(LegacySource(tmp_path), weights)
         except CheckpointError as error:
             assert str(file) in str(error) or str(file.parent.parent) in str(error)
+
+
+def test_folders_that_other_ranks_make_and_remove_are_not_looked_into(tmp_path: Path, monkeypatch) -> None:
+    """A rank that begins to save tries the folder, while another still asks what kind of checkpoint it holds."""
+    (tmp_path / ".tmp-probe-5a").mkdir()
+    scandir = os.scandir
+
+    def removed_meanwhile(path: object = ".") -> object:
+        if ".tmp-probe" in str(path):
+            raise FileNotFoundError(errno.ENOENT, "removed meanwhile", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", removed_meanwhile)
+    assert not is_legacy_tree(tmp_path)
+    write_tree(tmp_path, LLAMA, random_weights(LLAMA), Spelling())
+    assert is_legacy_tree(tmp_path)

@@ -60,7 +60,8 @@ class Tree:
 
 def is_legacy_tree(path: Path) -> bool:
     """`path` is the folder of a run that holds such trees, or that of one iteration."""
-    return any(any(path.glob(f"{below}mp_rank_*/{name}")) for below in ("", "*/") for name in MODEL_FILES)
+    # No other folder is looked into: a rank that begins to save leaves and removes some of its own.
+    return any(_rank_files(folder) for folder in (path, path / RELEASE, *path.glob("iter_*")))
 
 
 def find_tree(path: Path, iteration: int | None = None) -> Tree:
@@ -77,7 +78,7 @@ def find_tree(path: Path, iteration: int | None = None) -> Tree:
     files = _rank_files(path / name)
     if not files:
         named_by = f"{path / TRACKER_FILE} names it" if iteration is None else f"--load_iters {iteration} asks for it"
-        found = sorted({f.parent.parent.name for file in MODEL_FILES for f in path.glob(f"*/mp_rank_*/{file}")})
+        found = sorted(folder.name for folder in (path / RELEASE, *path.glob("iter_*")) if _rank_files(folder))
         raise CheckpointError(
             f"{path / name} holds no mp_rank_XX/{MODEL_FILES[0]}, but {named_by}; choose one with --load_iters: "
             f"found {listed(found, ', ') or 'none'}."
