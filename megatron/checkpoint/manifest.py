@@ -98,14 +98,20 @@ def read_manifest(folder: Path) -> Manifest:
             f"{path} is damaged: its content does not have the checksum of its first line; "
             "restore the file or load another iteration with --load_iters."
         )
-    fields = json.loads(content)
-    if fields["format_version"] != FORMAT_VERSION:
-        raise CheckpointError(
-            f"{path} has format version {fields['format_version']}, this program reads version {FORMAT_VERSION}; "
-            "use the program that wrote it."
-        )
-    manifest = _from_json(fields, path)
-    manifest.check_tiling()
+    try:
+        fields = json.loads(content)
+        if fields["format_version"] != FORMAT_VERSION:
+            raise CheckpointError(
+                f"{path} has format version {fields['format_version']}, this program reads version {FORMAT_VERSION}; "
+                "use the program that wrote it."
+            )
+        manifest = _from_json(fields, path)
+        manifest.check_tiling()
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise DamagedCheckpointError(
+            f"{path} was edited: it has the checksum of its first line, and is no manifest ({error!r}); "
+            "restore the file or load another iteration with --load_iters."
+        ) from error
     return manifest
 
 

@@ -208,6 +208,22 @@ def test_what_a_newer_program_wrote_is_refused_and_not_half_understood(checkpoin
     expect_error(checkpoint, message, "use the program that wrote it")
 
 
+@pytest.mark.parametrize(
+    ("old", "new", "reason"),
+    [
+        ('"entries"', '"entry"', "KeyError('entries')"),
+        ('"crc32": "', '"crc32": "no', "non-hexadecimal number"),
+        ('"size": [', '"size": 1, "was": [', "TypeError"),
+        ('"hidden_size": 24,', '"hidden_size": 24', "JSONDecodeError"),
+    ],
+)
+def test_a_manifest_that_was_edited_is_damage_even_where_its_checksum_was_made_right(
+    checkpoint: Path, old: str, new: str, reason: str
+) -> None:
+    rewrite_manifest(checkpoint, old, new)
+    expect_error(checkpoint, "manifest.json was edited: it has the checksum of its first line", reason)
+
+
 def test_a_manifest_that_leaves_a_gap_is_refused_at_once(checkpoint: Path) -> None:
     content = json.loads((checkpoint / MANIFEST_FILE).read_text())
     piece = content["entries"]["model.final_norm.weight"]["pieces"][0]
