@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import pytest
+from hypothesis import HealthCheck, settings
+
+# The same examples on every machine, however slow or busy it is.
+settings.register_profile("anywhere", derandomize=True, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("anywhere")
 
 OPT_IN = {
     "gpu": "needs an NVIDIA GPU: run `pytest -m gpu` on a machine that has one",

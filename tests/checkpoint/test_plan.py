@@ -41,7 +41,7 @@ def cut_at_random(whole: Rectangle, source: random.Random, depth: int) -> list[R
 shapes = st.lists(st.integers(1, 9), min_size=0, max_size=3).map(tuple)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(shapes, st.integers(0, 2**32), st.integers(0, 4))
 def test_a_random_tiling_has_no_defect_and_every_rectangle_is_tiled_by_its_parts(shape, seed, depth) -> None:
     source = random.Random(seed)
@@ -55,7 +55,7 @@ def test_a_random_tiling_has_no_defect_and_every_rectangle_is_tiled_by_its_parts
     assert torch.equal(count(shape, [part.rectangle for part in parts]), count(shape, [wanted]))
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(shapes, st.integers(0, 2**32), st.integers(0, 6))
 def test_a_defect_is_reported_exactly_when_some_element_is_not_covered_once(shape, seed, num_pieces) -> None:
     source = random.Random(seed)
@@ -73,7 +73,7 @@ def test_defects_are_told_apart() -> None:
     assert "does not lie in the shape [1, 3]" in str(tiling_defect((1, 3), [top]))
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(
     tp=st.sampled_from((1, 2, 4, 8)),
     num_shards=st.integers(1, 5),

@@ -91,7 +91,7 @@ def rectangles(shape: tuple[int, ...], source: random.Random) -> Rectangle:
     return Rectangle(start, tuple(source.randint(1, n - a) for a, n in zip(start, shape, strict=True)))
 
 
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=120)
 @given(
     shape=st.lists(st.integers(1, 24), max_size=4).map(tuple),
     tile_bytes=st.integers(1, 400),
@@ -151,7 +151,7 @@ def test_a_wrong_byte_is_found_by_looking_for_damage_and_by_every_read_that_touc
         assert is_found == (key == "x" and group in rows and strip in strips)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     shape=st.lists(st.integers(1, 20), min_size=1, max_size=3).map(tuple),
     tile_bytes=st.integers(1, 300),

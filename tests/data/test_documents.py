@@ -4,7 +4,7 @@ import re
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron.data.documents import check_inputs, parse_chunk, read_chunks, read_texts
@@ -53,7 +53,6 @@ def test_a_chunk_ends_at_the_number_of_documents_or_of_bytes(tmp_path):
     assert [chunk.done_bytes for chunk in by_bytes] == [3 * len(line), 5 * len(line), 6 * len(line)]
 
 
-@settings(deadline=None)
 @given(st.lists(st.sampled_from(["a\n", "\n", " \n", "b\r\n", "\r\n", "c"])).map("".join), st.integers(1, 3))
 def test_chunks_cover_every_byte_number_every_line_and_can_be_continued_behind_any(
     tmp_path_factory, content, max_documents

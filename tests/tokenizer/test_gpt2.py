@@ -3,7 +3,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron.errors import TokenizerError
@@ -26,7 +26,6 @@ def _build(folder: Path, **options: object) -> GPT2BPETokenizer:
     return GPT2BPETokenizer(folder / "vocab.json", folder / "merges.txt", **options)
 
 
-@settings(deadline=None)
 @given(text=st.sampled_from([TEXT, "don't  \n é 漢", ""]) | st.text())
 def test_ids_are_those_of_the_same_model_as_a_tokenizer_json(folder, huggingface, text):
     ours = _build(folder)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import regex
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron.errors import ConfigError, TokenizerError
@@ -49,7 +49,6 @@ def _oracle(ranks_file: Path, pattern: str, text: str) -> list[int]:
 
 
 @pytest.mark.parametrize("encoding", ENCODINGS)
-@settings(deadline=None)
 @given(text=st.sampled_from(SAMPLES) | st.text(alphabet="thea n'S\n1É漢-", max_size=60))
 def test_ids_are_those_of_the_definition(ranks_file, encoding, text):
     tokenizer = TikTokenizer(ranks_file, encoding=encoding)

@@ -59,7 +59,7 @@ def test_the_peer_is_the_rank_of_the_neighbouring_stage():
     assert peers == {"3SEND_F0": 0, "4RECV_F0": 3, "4SEND_B0": 3, "1RECV_B0": 2}
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.sampled_from(SCHEDULES), st.lists(st.floats(0.1, 10), min_size=36, max_size=36), st.floats(0, 5))
 def test_programs_cannot_deadlock_whatever_the_stages_cost(schedule, times, communication):
     stages = tuple(StageCosts(*times[3 * s : 3 * s + 3]) for s in range(schedule.placement.num_stages))

@@ -60,7 +60,7 @@ def priced_schedules(draw):
     return schedule, draw(times), draw(times), draw(st.integers(0, 3))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(priced_schedules())
 def test_uneven_stages_and_slow_links_run_as_in_a_tick_by_tick_simulation(priced):
     schedule, forward, backward, communication = priced

@@ -115,7 +115,7 @@ def is_rejected(check, value):
     return False
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(mutations(lambda schedule: schedule.ranks))
 def test_a_mutated_schedule_is_rejected_exactly_when_it_is_broken(mutation):
     schedule, rows = mutation
@@ -124,7 +124,7 @@ def test_a_mutated_schedule_is_rejected_exactly_when_it_is_broken(mutation):
     assert is_rejected(validate, replace(schedule, ranks=rows)) == (not works)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(mutations(lambda schedule: lower(schedule).ranks))
 def test_a_mutated_program_is_rejected_exactly_when_it_is_broken(mutation):
     schedule, rows = mutation
