@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from enum import IntEnum
@@ -11,8 +10,8 @@ from types import MappingProxyType
 from typing import Any, Final, NamedTuple
 
 from megatron.data.documents import JsonLines, OnBad
-from megatron.data.json_value import described
-from megatron.data.utf8 import decode_utf8, reason_and_remedy
+from megatron.data.json_value import described, parse_json_line
+from megatron.data.utf8 import reason_and_remedy
 from megatron.errors import DataError
 
 
@@ -96,7 +95,7 @@ def parse_conversation(raw: bytes, keys: RecordKeys, *, is_first: bool = False) 
 
 def _parse_object(raw: bytes, is_first: bool) -> dict[str, Any]:
     try:
-        value = json.loads(decode_utf8(raw, is_first=is_first))
+        value = parse_json_line(raw, is_first=is_first)
     except UnicodeDecodeError as error:
         raise DataError(reason_and_remedy(error, is_first=is_first)) from error
     except (ValueError, RecursionError) as error:

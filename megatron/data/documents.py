@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from megatron.data.inputs import check_inputs
-from megatron.data.json_value import described
+from megatron.data.json_value import described, parse_json_line
 from megatron.data.parquet import Rows, count_rows, read_rows
 from megatron.data.text_stream import TextStream, base_suffix
 from megatron.data.utf8 import decode_utf8, reason_and_remedy
@@ -238,9 +238,10 @@ def _plain_text_records(lines: Iterator[bytes], num_lines_before: int) -> Iterat
 
 
 def _parse_json_line(raw: bytes, path: Path, line: int, keys: Sequence[str]) -> tuple[str, ...]:
-    text = _decode(raw, path, line)
     try:
-        value = json.loads(text)
+        value = parse_json_line(raw, is_first=line == 1)
+    except UnicodeDecodeError as error:
+        raise _not_utf8(error, path, line) from error
     except ValueError as error:
         raise DataError(f"{path}:{line}: not JSON ({error}); every line must be one JSON object.") from error
     except RecursionError as error:
@@ -286,12 +287,15 @@ def _without_outer_blank_lines(text: str) -> str:
 
 
 def _decode(raw: bytes, path: Path, line: int) -> str:
-    is_first = line == 1
     try:
-        return decode_utf8(raw, is_first=is_first)
+        return decode_utf8(raw, is_first=line == 1)
     except UnicodeDecodeError as error:
-        line += error.object[: error.start].count(b"\n")
-        raise DataError(f"{path}:{line}: {reason_and_remedy(error, is_first=is_first)}") from error
+        raise _not_utf8(error, path, line) from error
+
+
+def _not_utf8(error: UnicodeDecodeError, path: Path, first_line: int) -> DataError:
+    line = first_line + error.object[: error.start].count(b"\n")
+    return DataError(f"{path}:{line}: {reason_and_remedy(error, is_first=first_line == 1)}")
 
 
 def _raise(error: DataError) -> None:

@@ -1,9 +1,38 @@
-"""What a value is called in JSON, for messages to those who wrote it."""
+"""Values in JSON: one line read, and what a value is called in messages to those who wrote it."""
 
 from __future__ import annotations
 
+import functools
 import json
 import reprlib
+from collections.abc import Callable
+
+from megatron.data.utf8 import decode_utf8
+
+
+def parse_json_line(raw: bytes, *, is_first: bool) -> object:
+    """The value of one line; the first one of a file may begin with a byte-order mark.
+
+    Raises UnicodeDecodeError, ValueError or RecursionError. A string may hold half a surrogate pair, as an escape can
+    spell it.
+    """
+    if (loads := fast_loads()) is not None:
+        try:
+            return loads(raw)
+        except ValueError:
+            pass  # what it refuses may still be read below, or is refused in words that name the fault
+    return json.loads(decode_utf8(raw, is_first=is_first))
+
+
+@functools.cache
+def fast_loads() -> Callable[[bytes], object] | None:
+    """orjson's, where it is installed: it reads the same in a third of the time, but for integers beyond 64 bits, which
+    become floats."""
+    try:
+        import orjson
+    except ImportError:
+        return None
+    return orjson.loads
 
 
 def described(value: object) -> str:

@@ -28,12 +28,10 @@ from megatron.tokenizer.gigatoken import FastTokenizerMismatch, FastTokenizerUna
 from megatron.tokenizer.protocol import TokenArray, Tokenizer
 
 # A chunk is work for a few hundredths of a second, so that no thread is left alone with a long last one: of a
-# tokenizer's own library, of gigatoken text by text, and of gigatoken in whole batches, which it cuts up itself.
-REFERENCE_CHUNK_BYTES, FAST_CHUNK_BYTES, BULK_CHUNK_BYTES = 64 * 1024, 256 * 1024, 1024 * 1024
+# tokenizer's own library, and of gigatoken.
+REFERENCE_CHUNK_BYTES, FAST_CHUNK_BYTES = 64 * 1024, 256 * 1024
 # Text that is read while one long document is tokenized, so that the other threads have work meanwhile.
 MAX_BYTES_AHEAD = 64 * 1024 * 1024
-# With less input, what gigatoken needs to compute whole batches takes longer to load than it saves.
-MIN_BULK_BYTES = 64_000_000
 SAMPLE_BYTES = 64 * 1024
 
 logger = logging.getLogger(__name__)
@@ -92,7 +90,7 @@ def preprocess_files(
     ) as datasets:
         journal = _journal_to_continue(datasets, request, resume=config.resume)
         start = _Start.of(journal, total_bytes)
-        encode = None if start.without_fast else job.fast_encoder(total_bytes)
+        encode = None if start.without_fast else job.fast_encoder()
         datasets.open(journal)
         try:
             progress = job.write(datasets, encode, start)
@@ -149,7 +147,7 @@ class _Job:
         progress = start.progress
         self.tell.progress(progress)
         work = self._chunk_encoder(self._reference_batch if fast is None else fast.encode_batch)
-        chunk_bytes = _chunk_bytes(fast)
+        chunk_bytes = REFERENCE_CHUNK_BYTES if fast is None else FAST_CHUNK_BYTES
         chunks = self._chunks(chunk_bytes, start.position)
         threads = self.config.num_threads
         ahead = max(MAX_BYTES_AHEAD, 4 * threads * chunk_bytes)
@@ -162,14 +160,11 @@ class _Job:
                 self.tell.progress(progress)
         return progress
 
-    def fast_encoder(self, total_bytes: int) -> GigatokenEncoder | None:
+    def fast_encoder(self) -> GigatokenEncoder | None:
         if self.config.tokenizer_backend == "reference":
             return None
-        in_bulk = total_bytes >= MIN_BULK_BYTES
         try:
-            return GigatokenEncoder(
-                self.tokenizer, num_threads=self.config.num_threads, in_bulk=in_bulk, sample=self._sample()
-            )
+            return GigatokenEncoder(self.tokenizer, num_threads=self.config.num_threads, sample=self._sample())
         except FastTokenizerUnavailable as reason:
             if self.config.tokenizer_backend == "gigatoken":
                 raise TokenizerError(f"--tokenizer_backend gigatoken: {reason}; or use auto.") from reason
@@ -201,12 +196,6 @@ class _Job:
         first = next(self._chunks(SAMPLE_BYTES, Position()), None)
         documents = parse_chunk(first, self.keys, on_bad=lambda error: None) if first is not None else []
         return [text for document in documents for text in document.texts]
-
-
-def _chunk_bytes(fast: GigatokenEncoder | None) -> int:
-    if fast is None:
-        return REFERENCE_CHUNK_BYTES
-    return BULK_CHUNK_BYTES if fast.in_bulk else FAST_CHUNK_BYTES
 
 
 def _advance(progress: Progress, result: EncodedChunk) -> Progress:

@@ -10,7 +10,7 @@ import os
 import re
 import zlib
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import tokenizers
@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 CHECKED_ONE_IN = 1000
 # No more of one text, which alone could take the tokenizer itself hours.
 CHECKED_CHARACTERS = 1 << 14
+# gigatoken computes one batch at a time. One that takes long it cuts up, for threads of its own.
+MIN_PARALLEL_BYTES = 1 << 20
 # Of every text this long a thousandth is compared, somewhere in it.
 LONG_CHARACTERS = 1 << 16
 
@@ -57,20 +59,21 @@ class GigatokenEncoder:
 
     One text in a thousand is encoded by both. Raises `FastTokenizerUnavailable` when built for a tokenizer that
     gigatoken does not know or does not reproduce on `sample`, `FastTokenizerMismatch` when a later text differs.
-    With `in_bulk` a batch is computed by `num_threads` threads without the interpreter; else one text at a time,
-    which starts half a second sooner.
+    Long texts are computed by `num_threads` threads.
     """
 
-    def __init__(self, reference: Tokenizer, *, num_threads: int, in_bulk: bool, sample: Iterable[str] = ()):
+    def __init__(self, reference: Tokenizer, *, num_threads: int, sample: Iterable[str] = ()):
         # Read when gigatoken starts its threads, which it does once.
         os.environ["RAYON_NUM_THREADS"] = str(num_threads)
         self._reference = reference
         self._fast = _load(reference)
+        self._boundary = _find_boundary(reference, self._fast)
         self._literals = _LiteralFinder(reference.literals)
-        self.in_bulk = in_bulk
+        parts = [text[:CHECKED_CHARACTERS] for text in (*SAMPLE, *sample)]
+        ordinary = [part for part in parts if not self._literals.found_in(part)]
         try:
-            for text in (*SAMPLE, *sample):
-                self._compare(text)
+            for text, ids in zip(ordinary, self._encode(ordinary), strict=True):
+                self._compare(text, ids)
         except FastTokenizerMismatch as error:
             raise FastTokenizerUnavailable(str(error)) from error
 
@@ -81,34 +84,72 @@ class GigatokenEncoder:
         slow_ids = iter(
             self._reference.encode_batch([text for text, is_slow in zip(texts, slow, strict=True) if is_slow])
         )
+        result = [next(slow_ids) if is_slow else next(fast_ids) for is_slow in slow]
         for index in range(-seed % CHECKED_ONE_IN, len(texts), CHECKED_ONE_IN):
-            self._compare(texts[index])
+            if len(texts[index]) > CHECKED_CHARACTERS:
+                self._compare_part(texts[index][:CHECKED_CHARACTERS])
+            elif not slow[index]:
+                self._compare(texts[index], result[index])
         for index, text in enumerate(texts):
             if len(text) >= LONG_CHARACTERS:
-                self._compare(_window(text, seed + index))
-        return [next(slow_ids) if is_slow else next(fast_ids) for is_slow in slow]
+                self._compare_part(_window(text, seed + index))
+        return result
 
     def _encode(self, texts: list[str]) -> list[TokenArray]:
         if not texts:
             return []
         try:
-            if not self.in_bulk:
+            if self._boundary is None:
                 return [self._fast.encode(text).view(np.int32) for text in texts]
-            rows = self._fast.encode_batch(texts, parallel=True).layout
+            row = self._encode_row(self._boundary.token.join(texts).encode())
         except BaseException as error:  # a panic of Rust code is no Exception
             if isinstance(error, KeyboardInterrupt | SystemExit | MemoryError):
                 raise
             raise FastTokenizerMismatch(f"gigatoken failed ({error})") from error
-        ids = np.asarray(rows.content.data).view(np.int32)
-        bounds = np.asarray(rows.offsets.data).tolist()
-        return [ids[bounds[i] : bounds[i + 1]] for i in range(len(texts))]
+        return _cut(row, self._boundary.id, len(texts))
 
-    def _compare(self, text: str) -> None:
-        part = text[:CHECKED_CHARACTERS]
-        if self._literals.found_in(part):
-            return
-        if not np.array_equal(self._encode([part])[0], self._reference.encode_batch([part])[0]):
-            raise FastTokenizerMismatch(f"gigatoken's ids differ from the {self._reference.name}'s in {part[:60]!r}...")
+    def _encode_row(self, text: bytes) -> TokenArray:
+        """As `encode`, but without the interpreter. One row needs no padding."""
+        from gigatoken import BytesSource  # for a list of texts the library imports awkward, a third of a second long
+
+        is_long = len(text) >= MIN_PARALLEL_BYTES
+        rows, _ = self._fast.encode_batch_padded(BytesSource([text]), pad_id=0, parallel=is_long)
+        return rows[0].view(np.int32)
+
+    def _compare_part(self, part: str) -> None:
+        if not self._literals.found_in(part):
+            self._compare(part, self._encode([part])[0])
+
+    def _compare(self, text: str, ids: TokenArray) -> None:
+        if not np.array_equal(ids, self._reference.encode_batch([text])[0]):
+            raise FastTokenizerMismatch(f"gigatoken's ids differ from the {self._reference.name}'s in {text[:60]!r}...")
+
+
+class _Boundary(NamedTuple):
+    """A token that stands between texts which are encoded as one, and in none of them."""
+
+    token: str
+    id: int
+
+
+def _find_boundary(reference: Tokenizer, fast: gigatoken.Tokenizer) -> _Boundary | None:
+    """A special token that separates what is on its two sides. SentencePiece in batches is slower than text by text."""
+    from gigatoken.gigatoken_rs import BPETokenizer
+
+    if not isinstance(reference, LibraryTokenizer) or not isinstance(fast.backend, BPETokenizer):
+        return None
+    for number, token in sorted(reference.library.get_added_tokens_decoder().items()):
+        if token.special and not (token.normalized or token.lstrip or token.rstrip or token.single_word):
+            return _Boundary(token.content, number)
+    return None
+
+
+def _cut(ids: TokenArray, boundary: int, num_texts: int) -> list[TokenArray]:
+    ends = [*np.flatnonzero(ids == boundary).tolist(), len(ids)]
+    if len(ends) != num_texts:
+        raise FastTokenizerMismatch(f"gigatoken gave {num_texts} texts back as {len(ends)}")
+    starts = [0, *(end + 1 for end in ends[:-1])]
+    return [ids[start:end] for start, end in zip(starts, ends, strict=True)]
 
 
 def _load(reference: Tokenizer) -> gigatoken.Tokenizer:

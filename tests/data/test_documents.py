@@ -86,7 +86,7 @@ def test_chunks_cover_every_byte_number_every_line_and_can_be_continued_behind_a
         ('{"text": null}', r"a\.jsonl:2: 'text' holds null, not a string"),
         ('{"text": {"a": 1}}', r"a\.jsonl:2: 'text' holds an object, not a string"),
         ("true", r"a\.jsonl:2: true, not a JSON object"),
-        ("9" * 200, r"a\.jsonl:2: the number 99[9.]{30,40}, not a JSON object"),
+        ("9" * 200, r"a\.jsonl:2: the number (99[9.]{30,40}|1e\+200), not a JSON object"),
         ('"a"', r"a\.jsonl:2: a string, not a JSON object"),
         ('{"text": "a \\ud800 b"}', r"a\.jsonl:2: 'text' holds half a surrogate pair \('\\ud800'\)"),
         (b'{"text": "caf\xe9"}', r"a\.jsonl:2: byte 0xe9 is not UTF-8; .*iconv"),

@@ -321,10 +321,8 @@ def _backend(config: PreprocessConfig, tmp_path: Path, tokenizer: Tokenizer, fil
     return used[-1]
 
 
-@pytest.mark.parametrize("min_bulk_bytes", [0, 1_000_000_000])
-def test_gigatoken_writes_the_bytes_of_the_tokenizer(tmp_path, tokenizer, monkeypatch, min_bulk_bytes):
+def test_gigatoken_writes_the_bytes_of_the_tokenizer(tmp_path, tokenizer):
     pytest.importorskip("gigatoken")
-    monkeypatch.setattr("megatron.data.preprocess.MIN_BULK_BYTES", min_bulk_bytes)
     file = _text_jsonl(tmp_path / "a.jsonl", [*DOCUMENTS, "</s> <|end|>", "x" * 100_000])
     config = PreprocessConfig(append_eod=True, workers=2, chunk_size=9)
     assert _backend(config, tmp_path, tokenizer, file, "auto") == "gigatoken"

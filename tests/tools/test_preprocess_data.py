@@ -12,7 +12,7 @@ import pytest
 from megatron.data.indexed import IndexedDataset
 from megatron.errors import ConfigError, DataError, TokenizerError
 from megatron.tokenizer import TokenizerConfig, build_tokenizer
-from tiny_tokenizers import TEXT, write_sentencepiece
+from tiny_tokenizers import TEXT, write_huggingface, write_sentencepiece
 
 TOOL = Path(__file__).parents[2] / "tools" / "preprocess_data.py"
 
@@ -111,8 +111,10 @@ def test_an_interrupt_ends_it_without_a_traceback(tmp_path, corpus, model_file, 
     assert ended.value.code == 130
 
 
-def test_nothing_that_starts_slowly_is_imported(tmp_path, corpus, model_file):
-    flags = ["--input", str(corpus), "--output_prefix", str(tmp_path / "out"), "--vocab_file", str(model_file)]
+@pytest.mark.parametrize("write", [write_sentencepiece, write_huggingface])
+def test_nothing_that_starts_slowly_is_imported(tmp_path, corpus, write):
+    model = write(tmp_path / "tokenizer")
+    flags = ["--input", str(corpus), "--output_prefix", str(tmp_path / "out"), "--tokenizer_model", str(model)]
     code = (
         "import runpy, sys\n"
         f"runpy.run_path({str(TOOL)!r})['main'](sys.argv[1:])\n"
