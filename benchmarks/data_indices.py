@@ -27,7 +27,8 @@ from benchmarks.worker import hardware_name
 from megatron.data import helpers
 from megatron.data.blend import BlendedDataset, Member, Request
 from megatron.data.gpt import DocumentBounds, GPTDataset
-from megatron.data.indexed import IndexedDataset, IndexedDatasetWriter
+from megatron.data.indexed import IndexedDataset
+from megatron.data.indexed_writer import IndexedDatasetWriter
 from megatron.data.merge import merge
 
 RESULT: Final = Path(__file__).parent / "results" / "data_indices.md"

@@ -20,7 +20,7 @@ import finetune
 from distributed import run_distributed
 from megatron.checkpoint.opening import open_source
 from megatron.cli import entry
-from megatron.data.indexed import IndexedDatasetWriter
+from megatron.data.indexed_writer import IndexedDatasetWriter
 from rank_process import REPOSITORY
 
 VOCAB_SIZE = 61

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron.data.indexed import IndexedDatasetWriter
+from megatron.data.indexed_writer import IndexedDatasetWriter
 
 
 def write_conversations(prefix: Path, lengths: Sequence[int], *, vocab_size: int, seed: int = 0) -> Path:

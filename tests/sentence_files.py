@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 
 from megatron.data.bert import BertDataset, PairRequest
-from megatron.data.indexed import IndexedDataset, IndexedDatasetWriter
+from megatron.data.indexed import IndexedDataset
+from megatron.data.indexed_writer import IndexedDatasetWriter
 from megatron.data.masking import MaskedTokens
 
 SENTENCE_VOCAB_SIZE = 1031

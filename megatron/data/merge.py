@@ -7,7 +7,8 @@ import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from megatron.data.indexed import IndexedDataset, IndexedDatasetWriter, strip_suffix
+from megatron.data.indexed import IndexedDataset, strip_suffix
+from megatron.data.indexed_writer import IndexedDatasetWriter
 from megatron.errors import DataError
 
 

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from megatron.data.bert import BertDataset, PairRequest, truncated
-from megatron.data.indexed import IndexedDataset, IndexedDatasetWriter
+from megatron.data.indexed import IndexedDataset
+from megatron.data.indexed_writer import IndexedDatasetWriter
 from megatron.data.masking import MaskedTokens, choose_tokens
 from megatron.data.sample import PairSample
 from megatron.errors import ConfigError, DataError

@@ -10,7 +10,8 @@ import pytest
 from megatron.data import blend as blend_module
 from megatron.data.blend import Blend, BlendedDataset, Member, Request, parse_blend, parse_named_blends
 from megatron.data.gpt import DocumentBounds, GPTDataset
-from megatron.data.indexed import IndexedDataset, IndexedDatasetWriter
+from megatron.data.indexed import IndexedDataset
+from megatron.data.indexed_writer import IndexedDatasetWriter
 from megatron.errors import ConfigError, DataError
 
 VOCABULARY = 1000

@@ -10,7 +10,8 @@ import pytest
 
 from megatron.data.gpt import DocumentBounds, GPTDataset, IndexRequest
 from megatron.data.gpt_index import EpochPlan, plan_epochs
-from megatron.data.indexed import IndexedDataset, IndexedDatasetWriter
+from megatron.data.indexed import IndexedDataset
+from megatron.data.indexed_writer import IndexedDatasetWriter
 from megatron.errors import DataError
 
 SAMPLES = Path(__file__).parent / "samples"

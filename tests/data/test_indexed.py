@@ -16,7 +16,8 @@ import numpy as np
 import pytest
 
 from megatron.data.index_file import HEADER, LEGACY_HEADER
-from megatron.data.indexed import IndexedDataset, IndexedDatasetWriter, best_dtype
+from megatron.data.indexed import IndexedDataset, best_dtype
+from megatron.data.indexed_writer import IndexedDatasetWriter
 from megatron.errors import DataError
 
 SAMPLES = Path(__file__).parent / "samples" / "indexed"
@@ -141,7 +142,7 @@ def test_a_document_given_with_lengths_equals_its_items(tmp_path: Path):
 
 
 def test_pointers_continue_over_the_writers_and_the_readers_chunks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("megatron.data.indexed.CHUNK_SEQUENCES", 3)
+    monkeypatch.setattr("megatron.data.indexed_writer.CHUNK_SEQUENCES", 3)
     monkeypatch.setattr("megatron.data.index_file.CHUNK_SEQUENCES", 2)
     for name in ("mlm_u16", "mllm_merged_u16"):
         write_sample(facts_of(name), tmp_path / name)
@@ -199,11 +200,11 @@ def test_an_aborted_rewrite_keeps_the_earlier_dataset(tmp_path: Path):
 KILLED_WRITER = """
 import os, signal, sys
 import numpy as np
-from megatron.data import indexed
+from megatron.data import indexed_writer
 when, prefix = sys.argv[1:]
 def die(*_):
     os.kill(os.getpid(), signal.SIGKILL)
-writer = indexed.IndexedDatasetWriter(prefix, np.uint16)
+writer = indexed_writer.IndexedDatasetWriter(prefix, np.uint16)
 writer.add_document(np.arange(1000, dtype=np.uint16))
 replaced = []
 def replace(source, target, rename=os.replace):

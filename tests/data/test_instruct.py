@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from megatron.data.epoch_blend import EpochBlend
-from megatron.data.indexed import IndexedDatasetWriter
+from megatron.data.indexed_writer import IndexedDatasetWriter
 from megatron.data.instruct import (
     Conversations,
     InstructionDataset,

@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 
 from megatron.data.block_cache import BlockCache
-from megatron.data.indexed import IndexedDataset, IndexedDatasetWriter, default_cache_path
+from megatron.data.indexed import IndexedDataset, default_cache_path
+from megatron.data.indexed_writer import IndexedDatasetWriter
 from megatron.data.object_store import ObjectStore, StoredFile, is_remote
 from megatron.data.source import check_vocabulary, open_data
 from megatron.errors import ConfigError, DataError

@@ -12,7 +12,8 @@ import pytest
 import zstandard
 
 from megatron.data import unfinished
-from megatron.data.indexed import IndexedDataset, IndexedDatasetWriter
+from megatron.data.indexed import IndexedDataset
+from megatron.data.indexed_writer import IndexedDatasetWriter
 from megatron.data.inputs import find_inputs
 from megatron.data.preprocess import Listeners, Progress, preprocess_files, tokenize_file
 from megatron.data.preprocess_config import PreprocessConfig

@@ -5,7 +5,8 @@ import pytest
 
 from megatron.data.helpers import read_span
 from megatron.data.index_file import DTYPE_CODES
-from megatron.data.indexed import IndexedDataset, IndexedDatasetWriter
+from megatron.data.indexed import IndexedDataset
+from megatron.data.indexed_writer import IndexedDatasetWriter
 
 
 def written(prefix, dtype: str) -> tuple[IndexedDataset, list[np.ndarray]]:

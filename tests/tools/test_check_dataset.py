@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from megatron.data.check import check_dataset
-from megatron.data.indexed import IndexedDataset, IndexedDatasetWriter
+from megatron.data.indexed import IndexedDataset
+from megatron.data.indexed_writer import IndexedDatasetWriter
 from megatron.errors import ConfigError, DataError
 from object_server import serve_bucket
 from tools.check_dataset import main

@@ -14,7 +14,7 @@ import pytest
 from checkpoint_samples import INFO, save_from_one_process
 from megatron.checkpoint.source import TokenizerIdentity
 from megatron.core.layout import ParallelLayout
-from megatron.data.indexed import IndexedDatasetWriter
+from megatron.data.indexed_writer import IndexedDatasetWriter
 from megatron.data.pieces import Piece
 from megatron.data.sample import PairSample, Sample
 from megatron.data.show import SampleText

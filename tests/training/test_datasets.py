@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from megatron.data.blend import BlendedDataset
-from megatron.data.indexed import IndexedDatasetWriter
+from megatron.data.indexed_writer import IndexedDatasetWriter
 from megatron.errors import ConfigError, DataError
 from megatron.tokenizer.null import NullTokenizer
 from megatron.training.checkpointing import Progress

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megatron.data.indexed import IndexedDatasetWriter
+from megatron.data.indexed_writer import IndexedDatasetWriter
 from megatron.tokenizer.null import NullTokenizer
 from megatron.training.checkpointing import Progress
 from megatron.training.datasets import RunDatasets, build_datasets
