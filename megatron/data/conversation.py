@@ -65,9 +65,7 @@ class RecordKeys:
 
 def read_conversations(chunk: JsonLines, keys: RecordKeys, on_bad: OnBad) -> Iterator[Conversation]:
     """The chunk's conversations; the error of a line that has none, with its place, is told to `on_bad`."""
-    for line, raw in enumerate(chunk.data.split(b"\n"), start=1 + chunk.start.records):
-        if not raw or raw.isspace():
-            continue
+    for line, raw in chunk.records():
         try:
             yield Conversation(line, parse_conversation(raw, keys, is_first=line == 1))
         except DataError as error:

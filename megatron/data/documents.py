@@ -64,12 +64,17 @@ class Chunk(ABC):
 
 @dataclass(frozen=True)
 class JsonLines(Chunk):
-    data: bytes
+    lines: list[bytes]
+    """With their ends, blank ones included."""
+
+    def records(self) -> Iterator[tuple[int, bytes]]:
+        """The number of every line that is not blank, and the line."""
+        for line, raw in enumerate(self.lines, start=1 + self.start.records):
+            if not raw.isspace():
+                yield line, raw
 
     def documents(self, keys: Sequence[str], on_bad: OnBad) -> Iterator[Document]:
-        for line, raw in enumerate(self.data.split(b"\n"), start=1 + self.start.records):
-            if not raw or raw.isspace():  # blank lines are no documents
-                continue
+        for line, raw in self.records():
             try:
                 yield Document(line, _parse_json_line(raw, self.path, line, keys))
             except DataError as error:
@@ -170,10 +175,14 @@ class _Reader:
             yield ParquetRows(self.path, rows.num_bytes, done, start, at, rows)
 
     def _json(self, stream: TextStream, at: Position) -> Iterator[Chunk]:
-        for data in _whole_lines(stream, self.max_documents, self.max_bytes):
-            start, at = at, Position(self.number, at.offset + len(data), at.records + data.count(b"\n"))
-            done = self.bytes_before + stream.file_position(at.offset)
-            yield JsonLines(self.path, len(data), done, start, at, data)
+        hint = max(1, self.max_bytes - 1)  # the line that goes beyond it is the last
+        while lines := stream.readlines(hint):
+            for first in range(0, len(lines), self.max_documents):
+                part = lines[first : first + self.max_documents]
+                num_bytes = sum(map(len, part))
+                start, at = at, Position(self.number, at.offset + num_bytes, at.records + len(part))
+                done = self.bytes_before + stream.file_position(at.offset)
+                yield JsonLines(self.path, num_bytes, done, start, at, part)
 
     def _plain(self, stream: TextStream, at: Position) -> Iterator[Chunk]:
         for records, num_bytes, num_lines in self._gather(_plain_text_records(stream, at.records)):
@@ -195,31 +204,6 @@ class _Reader:
                 chunk, num_bytes, num_lines = [], 0, 0
         if num_bytes:
             yield tuple(chunk), num_bytes, num_lines
-
-
-def _whole_lines(stream: TextStream, max_lines: int, max_bytes: int) -> Iterator[bytes]:
-    """Blocks that end with the end of a line, the last one with the end of the file."""
-    unfinished: list[bytes] = []
-    while piece := stream.read(max_bytes):
-        cut = piece.rfind(b"\n") + 1
-        if not cut:
-            unfinished.append(piece)
-            continue
-        yield from _at_most(b"".join([*unfinished, memoryview(piece)[:cut]]), max_lines)
-        unfinished = [piece[cut:]] if cut < len(piece) else []
-    if unfinished:
-        yield b"".join(unfinished)
-
-
-def _at_most(block: bytes, max_lines: int) -> Iterator[bytes]:
-    num_lines, start = block.count(b"\n"), 0
-    while num_lines > max_lines:
-        end = start
-        for _ in range(max_lines):
-            end = block.index(b"\n", end) + 1
-        yield block[start:end]
-        start, num_lines = end, num_lines - max_lines
-    yield block[start:] if start else block
 
 
 def _plain_text_records(lines: Iterator[bytes], num_lines_before: int) -> Iterator[tuple[int, bytes]]:

@@ -11,7 +11,7 @@ from megatron.data.utf8 import decode_utf8
 
 
 def parse_json_line(raw: bytes, *, is_first: bool) -> object:
-    """The value of one line; the first one of a file may begin with a byte-order mark.
+    """The value of one line, with or without its end; the first one of a file may begin with a byte-order mark.
 
     Raises UnicodeDecodeError, ValueError or RecursionError. A string may hold half a surrogate pair, as an escape can
     spell it.
@@ -21,7 +21,7 @@ def parse_json_line(raw: bytes, *, is_first: bool) -> object:
             return loads(raw)
         except ValueError:
             pass  # what it refuses may still be read below, or is refused in words that name the fault
-    return json.loads(decode_utf8(raw, is_first=is_first))
+    return json.loads(decode_utf8(raw.removesuffix(b"\n"), is_first=is_first))
 
 
 @functools.cache
