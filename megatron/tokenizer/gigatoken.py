@@ -8,9 +8,10 @@ from __future__ import annotations
 import itertools
 import os
 import re
+import unicodedata
 import zlib
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 import numpy as np
 import tokenizers
@@ -25,10 +26,14 @@ if TYPE_CHECKING:
 CHECKED_ONE_IN = 1000
 # No more of one text, which alone could take the tokenizer itself hours.
 CHECKED_CHARACTERS = 1 << 14
+# Of a thousand special tokens, which take seconds to look at, one of the first few will do, or none.
+BOUNDARIES_TRIED = 8
 # gigatoken computes one batch at a time. One that takes long it cuts up, for threads of its own.
 MIN_PARALLEL_BYTES = 1 << 20
 # Of every text this long a thousandth is compared, somewhere in it.
 LONG_CHARACTERS = 1 << 16
+
+_BYTES_AS_LETTERS: Final = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
 
 # What tokenizers are known to disagree about: blanks, digits, contractions, scripts, marks, controls, bytes.
 SAMPLE = (
@@ -69,7 +74,7 @@ class GigatokenEncoder:
         self._fast = _load(reference)
         self._boundary = _find_boundary(reference, self._fast)
         self._literals = _LiteralFinder(reference.literals)
-        parts = [text[:CHECKED_CHARACTERS] for text in (*SAMPLE, *sample)]
+        parts = [part for text in (*SAMPLE, *sample) for part in self._literals.split(text[:CHECKED_CHARACTERS])]
         ordinary = [part for part in parts if not self._literals.found_in(part)]
         try:
             for text, ids in zip(ordinary, self._encode(ordinary), strict=True):
@@ -133,15 +138,29 @@ class _Boundary(NamedTuple):
 
 
 def _find_boundary(reference: Tokenizer, fast: gigatoken.Tokenizer) -> _Boundary | None:
-    """A special token that separates what is on its two sides. SentencePiece in batches is slower than text by text."""
+    """A special token whose name is found wherever it is put between two texts, and nowhere else.
+
+    SentencePiece has none, since it is slower in batches than text by text.
+    """
     from gigatoken.gigatoken_rs import BPETokenizer
 
     if not isinstance(reference, LibraryTokenizer) or not isinstance(fast.backend, BPETokenizer):
         return None
-    for number, token in sorted(reference.library.get_added_tokens_decoder().items()):
-        if token.special and not (token.normalized or token.lstrip or token.rstrip or token.single_word):
-            return _Boundary(token.content, number)
+    added = sorted(reference.library.get_added_tokens_decoder().items())
+    special = [
+        _Boundary(token.content, number)
+        for number, token in added
+        if token.special and token.content and not (token.lstrip or token.rstrip or token.single_word)
+    ]
+    for boundary in special[:BOUNDARIES_TRIED]:
+        if not any(_may_hide(boundary.token, other) for other in reference.literals):
+            return boundary
     return None
+
+
+def _may_hide(token: str, other: str) -> bool:
+    """Whether `other`, begun in the text before, may take some of the token: in "a-" + "---" the first "---" does."""
+    return (token in other and token != other) or any(other.endswith(token[:end]) for end in range(1, len(token)))
 
 
 def _cut(ids: TokenArray, boundary: int, num_texts: int) -> list[TokenArray]:
@@ -175,9 +194,23 @@ def _load(reference: Tokenizer) -> gigatoken.Tokenizer:
 def _refuse_what_no_comparison_shows(library: tokenizers.Tokenizer) -> None:
     if getattr(library.model, "dropout", None):
         raise FastTokenizerUnavailable("the tokenizer drops merges at random")
-    added = library.get_added_tokens_decoder().values()
-    if library.normalizer is not None and any(token.normalized for token in added):
+    added = library.get_added_tokens_decoder()
+    if library.normalizer is not None and any(token.normalized for token in added.values()):
         raise FastTokenizerUnavailable("the tokenizer finds added tokens in normalized text")
+    if _changes_text(library) and any(_may_come_up(library, number, token.content) for number, token in added.items()):
+        raise FastTokenizerUnavailable("normalized text may hold added tokens unseen")
+
+
+def _changes_text(library: tokenizers.Tokenizer) -> bool:
+    """By a normalizer, or a blank put in front."""
+    splits = [] if library.pre_tokenizer is None else library.pre_tokenizer.pre_tokenize_str("a")
+    return library.normalizer is not None or [piece for piece, _ in splits] != ["a"]
+
+
+def _may_come_up(library: tokenizers.Tokenizer, number: int, token: str) -> bool:
+    """Whether the bytes of an added token are a piece under another id, or can be composed from others."""
+    letters = "".join(piece for piece, _ in _BYTES_AS_LETTERS.pre_tokenize_str(token))
+    return library.token_to_id(letters) not in (None, number) or not unicodedata.is_normalized("NFD", token)
 
 
 def _window(text: str, seed: int) -> str:
@@ -195,6 +228,10 @@ class _LiteralFinder:
         groups = itertools.groupby(tokens, key=lambda token: token[:2])
         self._starts = tuple(_common_start(list(group)) for _, group in groups)
         self._pattern = re.compile("|".join(map(re.escape, tokens)) or r"(?!)")
+
+    def split(self, text: str) -> list[str]:
+        """What is between the tokens."""
+        return [part for part in self._pattern.split(text) if part]
 
     def found_in(self, text: str) -> bool:
         return any(start in text for start in self._starts) and self._pattern.search(text) is not None

@@ -1,11 +1,14 @@
 from __future__ import annotations
 
+import json
 import sys
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
+import tokenizers
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -143,6 +146,38 @@ def test_of_a_text_that_is_too_long_to_compare_the_beginning_is(reference):
     assert spy.asked == [long[:CHECKED_CHARACTERS]]
 
 
+OVERLAPPING = [
+    ["---"],
+    ["|||IP_ADDRESS|||"],
+    ["<|end|><"],
+    ["<|end|>", "<|end|>x"],
+    ["<|end|>", "x<|end|>"],
+    ["<|end|>", "x<|"],
+    ["<|end|>", "<"],
+    ["<|end|>", "|>x"],
+]
+
+
+@pytest.mark.parametrize("special", OVERLAPPING, ids=" ".join)
+def test_no_token_that_may_begin_or_end_in_a_text_stands_between_texts(tmp_path, special):
+    tokenizer = build_tokenizer(TokenizerConfig(tokenizer_model=str(write_huggingface(tmp_path, tuple(special)))))
+    fast = GigatokenEncoder(tokenizer, num_threads=2)
+    parts = [token[:end] for token in special for end in range(1, len(token))]
+    parts += [token[start:] for token in special for start in range(1, len(token))]
+    texts = [text for part in parts for text in (f"ab{part}", f"{part}cd", "ef")]
+    _assert_equal(fast.encode_batch(texts, 1), tokenizer.encode_batch(texts))
+
+
+@pytest.mark.parametrize("normalized", [False, True])
+def test_a_special_token_among_many_stands_between_texts(tmp_path, normalized):
+    """`normalized` as in GPT-2's own tokenizer.json, which normalizes nothing."""
+    write_huggingface(tmp_path, special=())
+    special = [f"<|{number}|>" for number in range(1000)]
+    _change(tmp_path, lambda m: m.add_special_tokens([_added(token, normalized=normalized) for token in special]))
+    fast = GigatokenEncoder(build_tokenizer(TokenizerConfig(tokenizer_model=str(tmp_path))), num_threads=2)
+    assert fast._boundary is not None and fast._boundary.token == "<|0|>"
+
+
 @pytest.mark.parametrize("num_boundaries", [0, 2])
 def test_ids_that_cannot_be_told_apart_text_by_text_are_refused(tmp_path, monkeypatch, num_boundaries):
     tokenizer = build_tokenizer(TokenizerConfig(tokenizer_model=str(write_huggingface(tmp_path))))
@@ -182,16 +217,71 @@ def test_a_tokenizer_that_it_does_not_know_is_not_used():
         GigatokenEncoder(build_tokenizer(TokenizerConfig(vocab_size=5)), num_threads=2)
 
 
-def test_tokens_found_in_normalized_text_rule_it_out(tmp_path: Path):
-    import tokenizers
+def _added(token: str, **how: bool) -> tokenizers.AddedToken:
+    return tokenizers.AddedToken(token, **{"normalized": False, **how})
 
+
+def _change(folder: Path, change: Callable[[tokenizers.Tokenizer], object]) -> None:
+    model = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+    change(model)
+    model.save(str(folder / "tokenizer.json"))
+
+
+def _assert_unavailable(folder: Path, reason: str) -> None:
+    with pytest.raises(FastTokenizerUnavailable, match=reason):
+        GigatokenEncoder(build_tokenizer(TokenizerConfig(tokenizer_model=str(folder))), num_threads=2)
+
+
+def test_tokens_found_in_normalized_text_rule_it_out(tmp_path: Path):
     write_huggingface(tmp_path)
-    model = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
-    model.normalizer = tokenizers.normalizers.Lowercase()
-    model.add_tokens([tokenizers.AddedToken("[x]", normalized=True)])
-    model.save(str(tmp_path / "tokenizer.json"))
-    with pytest.raises(FastTokenizerUnavailable, match="finds added tokens in normalized text"):
-        GigatokenEncoder(build_tokenizer(TokenizerConfig(tokenizer_model=str(tmp_path))), num_threads=2)
+
+    def lower(model: tokenizers.Tokenizer) -> None:
+        model.normalizer = tokenizers.normalizers.Lowercase()
+        model.add_tokens([_added("[x]", normalized=True)])
+
+    _change(tmp_path, lower)
+    _assert_unavailable(tmp_path, "finds added tokens in normalized text")
+
+
+def test_a_token_that_normalizing_may_compose_rules_it_out(tmp_path: Path):
+    """A decomposed syllable becomes the token's bytes, which are then gigatoken's token, and to the tokenizer text."""
+    write_huggingface(tmp_path)
+
+    def compose(model: tokenizers.Tokenizer) -> None:
+        model.normalizer = tokenizers.normalizers.NFC()
+        model.add_tokens([_added("[x]")])
+
+    _change(tmp_path, compose)
+    GigatokenEncoder(build_tokenizer(TokenizerConfig(tokenizer_model=str(tmp_path))), num_threads=2)
+    _change(tmp_path, lambda model: model.add_tokens([_added("\ud55c")]))
+    _assert_unavailable(tmp_path, "normalized text may hold added tokens unseen")
+
+
+def test_a_piece_that_is_a_token_too_rules_it_out_where_a_blank_is_put_in_front(tmp_path: Path):
+    write_huggingface(tmp_path)
+
+    def prefix(model: tokenizers.Tokenizer) -> None:
+        model.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=True)
+        model.add_tokens([_added(" ")])
+
+    _change(tmp_path, prefix)
+    _assert_unavailable(tmp_path, "normalized text may hold added tokens unseen")
+
+
+def test_what_is_between_tokens_is_compared_where_every_sentence_holds_one(tmp_path: Path):
+    write_huggingface(tmp_path, special=())
+
+    def do_not_cut_words(model: tokenizers.Tokenizer) -> None:
+        model.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+        model.add_tokens([_added(" ")])
+
+    file = tmp_path / "tokenizer.json"
+    content = json.loads(file.read_text())
+    content["model"]["vocab"]["t'"] = 300
+    content["model"]["merges"].append(["t", "'"])
+    file.write_text(json.dumps(content))
+    _change(tmp_path, do_not_cut_words)
+    _assert_unavailable(tmp_path, "gigatoken's ids differ from the HuggingFaceTokenizer's")
 
 
 def test_without_its_package_the_command_that_installs_it_is_named(reference, monkeypatch):
