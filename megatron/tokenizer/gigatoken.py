@@ -11,7 +11,7 @@ import re
 import unicodedata
 import zlib
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Final, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import tokenizers
@@ -32,8 +32,6 @@ BOUNDARIES_TRIED = 8
 MIN_PARALLEL_BYTES = 1 << 20
 # Of every text this long a thousandth is compared, somewhere in it.
 LONG_CHARACTERS = 1 << 16
-
-_BYTES_AS_LETTERS: Final = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
 
 # What tokenizers are known to disagree about: blanks, digits, contractions, scripts, marks, controls, bytes.
 SAMPLE = (
@@ -209,7 +207,8 @@ def _changes_text(library: tokenizers.Tokenizer) -> bool:
 
 def _may_come_up(library: tokenizers.Tokenizer, number: int, token: str) -> bool:
     """Whether the bytes of an added token are a piece under another id, or can be composed from others."""
-    letters = "".join(piece for piece, _ in _BYTES_AS_LETTERS.pre_tokenize_str(token))
+    bytes_as_letters = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    letters = "".join(piece for piece, _ in bytes_as_letters.pre_tokenize_str(token))
     return library.token_to_id(letters) not in (None, number) or not unicodedata.is_normalized("NFD", token)
 
 
