@@ -59,7 +59,7 @@ SIDEWAYS = frozenset(
 EXECUTING = frozenset({"megatron.core.pipeline", "megatron.core.pipeline.executor", "megatron.core.pipeline.p2p"})
 ENVIRONMENT_READERS = ("megatron.core.topology", "megatron.training.logging")
 OPTIONAL_PACKAGES = frozenset(
-    {"bitsandbytes", "flash_attn", "fsspec", "gigatoken", "peft", "pyarrow", "s3fs"}
+    {"bitsandbytes", "flash_attn", "fsspec", "gigatoken", "orjson", "peft", "pyarrow", "s3fs"}
     | {"transformers", "wandb", "zstandard"}
 )
 # Reads pickles by an unpickler of its own that imports nothing; all other pickled files go through torch.load.
